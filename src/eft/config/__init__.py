@@ -1,0 +1,1 @@
+"""The typed config: one flat YAML, in sections by inheritance. Torch-free."""

@@ -1,0 +1,35 @@
+"""What is saved, when, and where a run continues."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from eft.config.section import Section, key
+
+
+class CheckpointConfig(Section):
+    """Checkpoints (resumable) and the export (the final weights)."""
+
+    output_dir: str = key("./model-out", "Folder of everything the run writes.", min_length=1)
+    save_strategy: Literal["epoch", "steps", "no", "best"] | None = key(
+        None, "When to write checkpoints; default: `steps` if `save_steps` is set, else `epoch`."
+    )
+    save_steps: float | None = key(None, "Write a checkpoint every N steps; below 1: a share of all steps.", gt=0.0)
+    saves_per_epoch: int | None = key(None, "Checkpoints per epoch; excludes `save_steps`.", ge=1)
+    save_first_step: bool = key(False, "Write a checkpoint after the first step.")
+    save_total_limit: int | None = key(4, "Keep the newest N checkpoints and the best one; null keeps all.", ge=1)
+    save_only_model: bool = key(False, "Leave optimizer and RNG out of checkpoints; they cannot be resumed.")
+    save_dtype: Literal["float32", "bfloat16", "float16"] | None = key(
+        None, "Dtype of the export; default: the base checkpoint's."
+    )
+    verify_saves: Literal["ends", "never"] = key(
+        "ends", "A fresh process loads the finished export with plain transformers and compares logits (E6)."
+    )
+    resume_from_checkpoint: str | bool | None = key(
+        None, "Checkpoint to continue from; true: the newest complete one in `output_dir`."
+    )
+    auto_resume_from_checkpoints: bool = key(
+        True,
+        "Continue an unfinished run of the same config in `output_dir` by itself.",
+        axolotl="Off in Axolotl.",
+    )

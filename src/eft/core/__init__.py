@@ -1,0 +1,1 @@
+"""Torch-free ground: errors, atomic files, hashing, constants, small records."""

@@ -1,0 +1,36 @@
+"""Errors whose message is the whole answer: the CLI prints them without a traceback."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class EftError(Exception):
+    """Something the user can mend. `str(error)` names what, where, what was expected, the nearest valid thing."""
+
+
+class ConfigError(EftError):
+    """The YAML or an override is wrong (exit code 2)."""
+
+
+class DataError(EftError):
+    """A row, file or data set is wrong (exit code 2)."""
+
+
+class ModelError(EftError):
+    """The model, tokenizer or adapter cannot do what the config asks (exit code 2)."""
+
+
+class CheckpointError(EftError):
+    """A checkpoint is missing, incomplete or does not belong to this run (exit code 2)."""
+
+
+class PromiseBroken(EftError):
+    """A promise (E1 to E8) does not hold on this run (exit code 1)."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known word closest to `word`, or None when nothing is close."""
+    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return matches[0] if matches else None
