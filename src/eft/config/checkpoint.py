@@ -17,7 +17,7 @@ class CheckpointConfig(Section):
     save_steps: float | None = key(None, "Write a checkpoint every N steps; below 1: a share of all steps.", gt=0.0)
     saves_per_epoch: int | None = key(None, "Checkpoints per epoch; excludes `save_steps`.", ge=1)
     save_first_step: bool = key(False, "Write a checkpoint after the first step.")
-    save_total_limit: int | None = key(4, "Keep the newest N checkpoints and the best one; null keeps all.", ge=1)
+    save_total_limit: int = key(4, "Keep the newest N checkpoints and the best one; 0 keeps all.", ge=0)
     save_only_model: bool = key(False, "Leave optimizer and RNG out of checkpoints; they cannot be resumed.")
     save_dtype: Literal["float32", "bfloat16", "float16"] | None = key(
         None, "Dtype of the export; default: the base checkpoint's."

@@ -7,7 +7,7 @@ from typing import Literal
 from eft.config.section import Section, key
 
 FORMATS = Literal["chat_template", "alpaca", "completion", "input_output", "pretokenized"]
-"""Names of the built-in formats; `data.formats.FORMATS` has exactly these. A user's own is `package.module:function`."""
+"""The built-in formats; `data.formats.FORMATS` has exactly these names. A user's own is `package.module:function`."""
 
 
 class DatasetConfig(Section):
@@ -51,13 +51,14 @@ class DataConfig(Section):
     test_datasets: list[DatasetConfig] | None = key(None, "Held-out data sets; excludes `val_set_size`.")
     val_set_size: float = key(
         0.0,
-        "Held-out share (below 1) or number of rows (1 and more), drawn at random by `seed`. Duplicates of held-out rows "
-        "never stay in the training part.",
+        "Held-out share (below 1) or number of rows (1 and more), drawn at random by `seed`. Duplicates of held-out "
+        "rows never stay in the training part.",
         ge=0.0,
         axolotl="Axolotl takes the tail of the shuffled rows and leaves duplicates on both sides.",
     )
     chat_template: str = key(
-        "tokenizer_default", "`tokenizer_default`, `chatml`, `jinja` (with `chat_template_jinja`), or a Jinja file's path."
+        "tokenizer_default",
+        "`tokenizer_default`, `chatml`, `jinja` (with `chat_template_jinja`), or a Jinja file's path.",
     )
     chat_template_jinja: str | None = key(None, "Template text or file, with `chat_template: jinja`.")
     train_on_inputs: bool = key(False, "Train on prompts too.")

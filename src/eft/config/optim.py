@@ -40,7 +40,9 @@ class OptimConfig(Section):
     learning_rate: float = key(description="Peak learning rate.", gt=0.0)
     optimizer: OptimizerName = key("adamw_torch_fused", "Update rule.")
     optim_args: dict[str, Any] | None = key(None, "Further options of the optimizer, by its own names and types.")
-    weight_decay: float = key(0.0, "Decoupled weight decay of matrices; norms, biases and embeddings have none.", ge=0.0)
+    weight_decay: float = key(
+        0.0, "Decoupled weight decay of matrices; norms, biases and embeddings have none.", ge=0.0
+    )
     adam_beta1: float = key(0.9, "First-moment decay.", ge=0.0, lt=1.0)
     adam_beta2: float = key(0.999, "Second-moment decay.", ge=0.0, lt=1.0)
     adam_epsilon: float = key(1e-8, "Added to the denominator.", gt=0.0)
@@ -48,8 +50,12 @@ class OptimConfig(Section):
     lr_scheduler: SchedulerName = key("cosine", "Shape of the learning rate over the steps.")
     lr_scheduler_kwargs: dict[str, Any] | None = key(None, "Further options of the schedule, by its own names.")
     warmup_steps: int | None = key(None, "Steps over which the learning rate rises from 0.", ge=0)
-    warmup_ratio: float | None = key(None, "The same as a share of all steps; default 0.03, at most 100 steps.", ge=0.0, lt=1.0)
-    cosine_min_lr_ratio: float | None = key(None, "Floor of the cosine or rex curve, as a share of the peak.", ge=0.0, le=1.0)
+    warmup_ratio: float | None = key(
+        None, "The same as a share of all steps; default 0.03, at most 100 steps.", ge=0.0, lt=1.0
+    )
+    cosine_min_lr_ratio: float | None = key(
+        None, "Floor of the cosine or rex curve, as a share of the peak.", ge=0.0, le=1.0
+    )
     cosine_constant_lr_ratio: float | None = key(
         None,
         "Share of the steps after which the cosine stays at its floor.",

@@ -13,7 +13,9 @@ class TrainingConfig(Section):
     micro_batch_size: int = key(1, "Bins (packed) or samples in one forward pass of one device.", ge=1)
     gradient_accumulation_steps: int | None = key(None, "Micro-batches per optimizer step and device; default 1.", ge=1)
     global_batch_size: int | None = key(
-        None, "Bins per optimizer step over all devices; default: micro-batch × accumulation × data-parallel devices.", ge=1
+        None,
+        "Bins per optimizer step over all devices; default: micro-batch × accumulation × data-parallel devices.",
+        ge=1,
     )
     num_epochs: float = key(1.0, "Passes over the data; a fraction trains a prefix of the last epoch's steps.", gt=0.0)
     max_steps: int | None = key(None, "Optimizer steps, whatever the epochs say.", ge=1)

@@ -22,6 +22,7 @@ class Message(TypedDict, total=False):
     tool_calls: list[dict[str, Any]]
     name: str
     reasoning_content: str
+    tool_call_id: str
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,8 @@ class Segment:
 class TokenSample:
     """One data-set row after tokenisation.
 
-    `input_ids`, `labels` int32 [length]; a label equals its input id where trained, else IGNORE_INDEX. `weights` float32
-    [length] ≥ 0, or None for 1.0 on every trained position.
+    `input_ids`, `labels` int32 [length]; a label equals its input id where trained, else IGNORE_INDEX. `weights`
+    float32 [length] ≥ 0, or None for 1.0 on every trained position.
     """
 
     input_ids: Int32Array

@@ -1,0 +1,1 @@
+"""Axolotl's import names for SFT programs, served by eft."""

@@ -1,0 +1,5 @@
+"""Builders."""
+
+from axolotl.core.builders.causal import HFCausalTrainerBuilder
+
+__all__ = ["HFCausalTrainerBuilder"]

@@ -1,0 +1,5 @@
+"""The whole run."""
+
+from eft import train
+
+__all__ = ["train"]

@@ -1,0 +1,244 @@
+"""HFCausalTrainerBuilder: from config, model and tokenizer to a trainer. Assembly only."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from eft.callbacks import CallbackContext, RunOutcome, build_callbacks
+from eft.config.identity import identity_hash
+from eft.config.load import config_from_mapping
+from eft.config.root import TrainConfig
+from eft.config.usage import effective_keys
+from eft.core.errors import ModelError
+from eft.core.records import PromiseResult
+from eft.data.batches import BatchSource
+from eft.data.collators import Collator, PackedCollator, PaddedCollator
+from eft.loss.head import trainable_token_loss
+from eft.models.adapters import set_dtypes
+from eft.models.attention import BoundarySupport, install_attention, packing_support
+from eft.models.forward import TrainedLogits, keeps_positions
+from eft.models.load import describe_model
+from eft.models.probes import boundary_probe
+from eft.optim.averaging import evaluation_weights
+from eft.optim.optimizers import build_optimizer
+from eft.optim.schedulers import build_scheduler
+from eft.parallel.plan import BatchPlan, batch_of
+from eft.runtime.checkpoint import CheckpointStore
+from eft.runtime.env import Environment, Precision, resolve_precision
+from eft.runtime.metrics import Throughput
+from eft.runtime.offload import activation_offloading
+from eft.runtime.rng import load_rng, save_rng
+from eft.trainer.parts import FlowRules, TrainerParts
+from eft.trainer.trainer import EftTrainer
+from eft.trainer.training_args import build_training_arguments
+
+logger = logging.getLogger(__name__)
+
+
+class PlaceholderDataset:
+    """Stands in for data that are assigned after `build`, so that evaluation settings validate (D7)."""
+
+    def __len__(self) -> int:
+        return 0
+
+
+def as_config(cfg: TrainConfig | Mapping[str, Any]) -> TrainConfig:
+    """The typed config: itself, or a mapping (a `DictDefault`, say) validated now."""
+    return cfg if isinstance(cfg, TrainConfig) else config_from_mapping(cfg)
+
+
+class HFCausalTrainerBuilder:
+    """Builds the trainer of a causal language model.
+
+    `train_dataset` and `eval_dataset` may be set before `build`, or on the trainer after it.
+    """
+
+    def __init__(
+        self,
+        cfg: TrainConfig | Mapping[str, Any],
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        processor: None = None,
+    ) -> None:
+        """
+        Args:
+            cfg: the config, or a mapping with its keys.
+            model: a causal LM, also one made elsewhere, wrapped in peft or not.
+            tokenizer: its tokenizer.
+            processor: must be None: multimodal rows are not built yet.
+
+        Raises:
+            ConfigError: the mapping is not a valid config.
+            ModelError: a processor was given, or the model is not what the config says.
+        """
+        if processor is not None:
+            raise ModelError(
+                f"processor: {type(processor).__name__} was given, but multimodal rows are not part of eft yet. "
+                "Pass processor=None to train on text."
+            )
+        self.config = as_config(cfg)
+        self.model = model
+        self.tokenizer = tokenizer
+        self.train_dataset: Any = None
+        self.eval_dataset: Any = None
+        self.environment = Environment.detect()
+        self.outcome = RunOutcome()
+        self.console: Console | None = None
+        self.keys_read_before: frozenset[str] = frozenset()
+        """Keys that were read from another copy of the config, such as those of data prepared earlier."""
+
+    def build(self, total_num_steps: int | None = None) -> EftTrainer:
+        """The trainer, ready for `train()`.
+
+        Args:
+            total_num_steps: optimizer steps to run and to schedule for, where `max_steps` is not set; None or 0: the
+                plan's own number (D8).
+        """
+        config = self.config
+        self._check_adapter()
+        precision = resolve_precision(config, self.environment)
+        batch = batch_of(config, self.environment.world_size)
+        set_dtypes(self.model)
+        support = self._install_attention(precision)
+        trainer = EftTrainer(
+            self._parts(support, batch),
+            total_num_steps=total_num_steps or None,
+            model=self.model,
+            args=build_training_arguments(
+                config,
+                accumulation=batch.accumulation,
+                compute_dtype=precision.compute_dtype,
+                device_type=self.environment.device.type,
+                max_steps=config.max_steps or total_num_steps,
+                has_eval=self._may_evaluate(),
+            ),
+            train_dataset=self.train_dataset,
+            eval_dataset=PlaceholderDataset() if self.eval_dataset is None else self.eval_dataset,
+            processing_class=self.tokenizer,
+            callbacks=list(build_callbacks(config, self._context())),
+        )
+        trainer.outcome = self.outcome
+        return trainer
+
+    def _check_adapter(self) -> None:
+        if self.config.adapter is not None and not isinstance(self.model, PeftModel):
+            raise ModelError(
+                f"adapter: {self.config.adapter} is set, but the model given to the builder is a plain "
+                f"{type(self.model).__name__}. Wrap it first (eft.models.adapters.apply_adapter, or peft.get_peft_model), "
+                "or remove `adapter`."
+            )
+
+    def _install_attention(self, precision: Precision) -> BoundarySupport:
+        """Install the config's attention and find out by a probe how the model keeps documents apart (D6)."""
+        config = self.config
+        install_attention(self.model, config.attn_implementation)
+        autocast = precision.compute_dtype if precision.autocast else None
+        support = packing_support(self.model, autocast_dtype=autocast)
+        if config.sample_packing:
+            if support.mode == "refused":
+                raise ModelError(
+                    f"sample_packing: {type(self.model).__name__} cannot keep packed documents apart "
+                    f"({support.reason}). Set `sample_packing: false`."
+                )
+            self.outcome.promises.append(boundary_probe(self.model, support, autocast_dtype=autocast))
+        logger.info("document boundaries: %s (%s)", support.mode, support.reason)
+        return support
+
+    def _may_evaluate(self) -> bool:
+        config = self.config
+        return self.eval_dataset is not None or config.val_set_size > 0 or config.test_datasets is not None
+
+    def _parts(self, support: BoundarySupport, batch: BatchPlan) -> TrainerParts:
+        config = self.config
+        ranks = {"rank": self.environment.rank, "world_size": self.environment.world_size}
+        return TrainerParts(
+            packing=self._batches(support, batch),
+            forward=TrainedLogits(support, keeps_positions(self.model)),
+            loss=trainable_token_loss,
+            scheduler=partial(build_scheduler, config),
+            optimizer=partial(build_optimizer, config),
+            evaluation_weights=evaluation_weights,
+            save_rng=partial(save_rng, **ranks),
+            load_rng=partial(load_rng, **ranks),
+            checkpoint=CheckpointStore(Path(config.output_dir), save_total_limit=config.save_total_limit),
+            offloading=partial(activation_offloading, config.activation_offloading, self.environment.device),
+            meter=Throughput(),
+            flow=flow_rules(config),
+            seed=config.seed,
+            fingerprint=identity_hash(config),
+        )
+
+    def _batches(self, support: BoundarySupport, batch: BatchPlan) -> BatchSource:
+        config = self.config
+        eval_packing = config.sample_packing if config.eval_sample_packing is None else config.eval_sample_packing
+        return BatchSource(
+            collator=self._collator(support),
+            capacity=config.sequence_len,
+            packed=config.sample_packing,
+            eval_packed=eval_packing and support.mode != "refused",
+            sequential=config.sample_packing_sequentially,
+            shuffle=not config.curriculum_sampling,
+            seed=config.seed,
+            num_epochs=config.num_epochs,
+            max_steps=config.max_steps,
+            global_batch_size=batch.global_batch_size,
+            accumulation=batch.accumulation,
+            micro_batch_size=config.micro_batch_size,
+            eval_batch_size=config.eval_batch_size or config.micro_batch_size,
+            rank=self.environment.rank,
+            world_size=self.environment.world_size,
+            num_workers=config.dataloader_num_workers,
+            pin_memory=config.dataloader_pin_memory and self.environment.device.type == "cuda",
+            attention_cost_ratio=describe_model(self.model)["attention_cost_ratio"],
+        )
+
+    def _collator(self, support: BoundarySupport) -> Collator:
+        """One row without padding where the model knows boundaries, else padded rows."""
+        config, pad_id = self.config, self.tokenizer.pad_token_id or 0
+        if support.mode == "refused":
+            return PaddedCollator(pad_token_id=pad_id, pad_to=config.sequence_len if config.pad_to_sequence_len else None)
+        pad_to = config.micro_batch_size * config.sequence_len if config.pad_to_sequence_len else None
+        return PackedCollator(pad_to=pad_to, pad_token_id=pad_id)
+
+    def _context(self) -> CallbackContext:
+        return CallbackContext(
+            output_dir=Path(self.config.output_dir),
+            outcome=self.outcome,
+            check_keys_read=self._check_keys_read,
+            console=self.console if self.environment.rank == 0 else None,
+        )
+
+    def _check_keys_read(self) -> PromiseResult:
+        return effective_keys(self.config, read_before=self.keys_read_before)
+
+
+def flow_rules(config: TrainConfig) -> FlowRules:
+    """When to log, evaluate and save, with the defaults that users expect: each epoch, where nothing else is said."""
+    save_strategy = config.save_strategy or ("steps" if config.save_steps is not None else "epoch")
+    saves_per_epoch = config.saves_per_epoch
+    if saves_per_epoch is None and save_strategy == "epoch":
+        saves_per_epoch = 1
+    eval_strategy = config.eval_strategy or ("steps" if config.eval_steps is not None else "epoch")
+    evals_per_epoch = config.evals_per_epoch
+    if evals_per_epoch is None and eval_strategy == "epoch":
+        evals_per_epoch = 1
+    saving, evaluating = save_strategy != "no", eval_strategy != "no"
+    best = save_strategy == "best" or config.load_best_model_at_end
+    return FlowRules(
+        logging_steps=config.logging_steps,
+        eval_every=config.eval_steps if evaluating else None,
+        evals_per_epoch=evals_per_epoch if evaluating and config.eval_steps is None else None,
+        save_every=config.save_steps if saving else None,
+        saves_per_epoch=saves_per_epoch if saving and config.save_steps is None else None,
+        save_first_step=config.save_first_step and saving,
+        save_at_end=saving,
+        save_on_evaluation=best and saving,
+    )

@@ -1,0 +1,40 @@
+"""`eft plan`: the steps of a run, without loading a model."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from eft.cli.console import console, open_config, set_up_logging
+from eft.cli.options import AllowUnsupported, ConfigPath, Overrides
+
+
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    world_size: Annotated[int, typer.Option("--world-size", min=1, help="Processes of the planned run.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+    allow_unsupported: AllowUnsupported = False,
+) -> None:
+    """Show steps, fill, tokens per step, learning-rate curve, saves and evaluations of a run. Loads no model."""
+    loaded = open_config(config, overrides, allow_unsupported=allow_unsupported)
+    set_up_logging()
+    from eft import run
+    from eft.builder import flow_rules
+    from eft.optim.schedulers import learning_rates
+    from eft.report.terminal import curve, quantities_table
+    from eft.start_table import plan_rows
+    from eft.trainer.flow import make_flow
+
+    settings = loaded.config
+    meta = run.load_datasets(settings)
+    steps = run.plan_of(settings, meta.train_dataset, world_size)
+    flow = make_flow(flow_rules(settings), steps.epoch_ends, steps.total_steps, meta.eval_dataset is not None)
+    if as_json:
+        saves, evaluations = sorted(flow.save_at), sorted(flow.evaluate_at)
+        typer.echo(json.dumps({**steps.summary(), "saves": saves, "evaluations": evaluations}, indent=2))
+        return
+    console.print(quantities_table("Plan", plan_rows(settings, steps, flow, meta, world_size)))
+    console.print(curve("learning rate", learning_rates(settings, steps.total_steps)))

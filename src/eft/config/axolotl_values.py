@@ -1,0 +1,74 @@
+"""Values that Axolotl accepts and eft does not, with what to write instead."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_LION = "`lion_pytorch` is the Lion of eft"
+_ADAMW = "use `adamw_torch_fused`: eft keeps optimizer state in fp32"
+_PLAIN_TEMPLATE = "use `tokenizer_default` (the template that comes with the model), `chatml`, or a Jinja file's path"
+_TYPED_FORMAT = "use `alpaca` with `field_*`, `chat_template` with `field_messages`, or `package.module:function`"
+
+_VALUES: dict[str, dict[Any, str]] = {
+    "adapter": {
+        "qlora": "use `lora`: the base stays unquantised",
+        "llama-adapter": "use `lora`",
+        "dora": "use `adapter: lora` and `peft_use_dora: true`",
+        "none": "leave the key out for full fine-tuning",
+    },
+    "optimizer": {
+        "adamw": "use `adamw_torch_fused`",
+        "adamw_hf": "use `adamw_torch_fused`",
+        "adam": "use `adamw_torch_fused`",
+        "lion": "use `lion_pytorch`",
+        "lion_32bit": _LION,
+        "lion_8bit": _LION,
+        "paged_lion_8bit": _LION,
+        "paged_lion_32bit": _LION,
+        "muon": "not offered: use `adamw_torch_fused`",
+        "adopt": "use `adopt_adamw`",
+    },
+    "lr_scheduler": {
+        "cosine_with_restarts": "restarts are not offered: use `cosine`",
+        "reduce_lr_on_plateau": "a plateau cannot be planned ahead: use `cosine` or `linear`",
+        "cosine_warmup_with_min_lr": "use `cosine` with `cosine_min_lr_ratio`",
+        "greedy": "use `cosine`",
+    },
+    "activation_offloading": {
+        "legacy": "use `true`",
+        "disk": "use `true`: activations go to host memory",
+        "hidden_states": "use `true`",
+    },
+    "gradient_checkpointing": {
+        "offload": "use `true`, with `activation_offloading: true`",
+        "offload_disk": "use `true`, with `activation_offloading: true`",
+        "unsloth": "use `true`, with `activation_offloading: true`",
+    },
+    "tf32": {"auto": "use `true`, or leave the key out: eft leaves it off"},
+    "bf16": {"full": "use `true`: weights that are trained stay fp32"},
+    "train_on_eos": {"false": "use `none`", "true": "use `turn`"},
+}
+
+
+def value_advice(key: str, value: Any) -> str | None:
+    """What to write instead of a value that Axolotl accepts and eft does not; None when there is nothing to say."""
+    if key == "type" and isinstance(value, dict):
+        return "put its `field_*` keys into the entry itself, with `type: alpaca`"
+    if key in ("datasets", "test_datasets") and isinstance(value, (list, str)):
+        paths = value if isinstance(value, list) else [value]
+        return f"write `- path: {paths[0]}`" if paths and isinstance(paths[0], str) else None
+    if key == "special_tokens" and isinstance(value, dict) and "additional_special_tokens" in value:
+        return "list `additional_special_tokens` under `tokens`"
+    if not isinstance(value, str):
+        return None
+    if advice := _VALUES.get(key, {}).get(value.lower()):
+        return advice
+    if key == "optimizer" and any(
+        mark in value.lower() for mark in ("adam", "8bit", "4bit", "paged", "galore", "flash")
+    ):
+        return _ADAMW
+    if key == "attn_implementation":
+        return "leave the key out: `eft` runs each packed document by itself with the best kernel of the machine"
+    if key == "type":
+        return "use `chat_template`" if value.startswith(("sharegpt", "chat", "messages")) else _TYPED_FORMAT
+    return _PLAIN_TEMPLATE if key == "chat_template" else None

@@ -1,0 +1,67 @@
+"""Promise E8: every key that differs from its default was read by a component that ran, or is an error."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from eft.config.section import Section
+from eft.core.records import PromiseResult
+
+
+def keys_read(config: Section) -> frozenset[str]:
+    """The keys read so far, those of nested entries as `datasets[0].path`."""
+    nested = [f"{place}.{name}" for place, entry in config.nested_sections() for name in keys_read(entry)]
+    return config.keys_read() | frozenset(nested)
+
+
+def changed_keys(config: Section) -> list[str]:
+    """The keys that differ from their defaults, those of nested entries as `datasets[0].path`."""
+    nested = [f"{place}.{name}" for place, entry in config.nested_sections() for name in changed_keys(entry)]
+    return [*config.changed_keys(), *nested]
+
+
+def unused_keys(config: Section, exempt: Collection[str] = ()) -> list[str]:
+    """The changed keys that no component read.
+
+    Args:
+        config: the config that the components were given.
+        exempt: keys that need not be read from this object: they were read from another copy of the config. Naming a
+            list (`datasets`) exempts its entries.
+    """
+    read = keys_read(config)
+    return [
+        name
+        for name in changed_keys(config)
+        if name not in read and name not in exempt and not _list_settles(name, read, exempt)
+    ]
+
+
+def _list_settles(name: str, read: Collection[str], exempt: Collection[str]) -> bool:
+    """Whether an entry's key need not be reported beside its list: the list is exempt, or is itself unread."""
+    if "[" not in name:
+        return False
+    parent = name.partition("[")[0]
+    return parent in exempt or parent not in read
+
+
+def unused_message(unused: Collection[str], origins: Mapping[str, str] | None = None) -> str:
+    """What to tell the user about keys that had no effect; `origins` (key to `run.yaml:12`) adds the lines."""
+    lines = [f"{origins[name]}: `{name}`" if origins and name in origins else f"`{name}`" for name in unused]
+    head = "these keys are set, but nothing in this run uses them (E8); remove them, or set the key they depend on"
+    return f"{head}: {lines[0]}" if len(lines) == 1 else head + ":\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def effective_keys(config: Section, *, read_before: Collection[str] = ()) -> PromiseResult:
+    """Promise E8 for one run, asked when everything has been set up.
+
+    Args:
+        config: the config that the components were given.
+        read_before: keys read from another copy of the config, such as those of data prepared earlier.
+    """
+    unused = unused_keys(config, read_before)
+    changed = changed_keys(config)
+    numbers = {"changed": float(len(changed)), "unused": float(len(unused))}
+    if unused:
+        return PromiseResult("E8", "effective keys", "fail", unused_message(unused), numbers)
+    detail = f"all {len(changed)} keys that differ from their defaults were read"
+    return PromiseResult("E8", "effective keys", "pass", detail, numbers)

@@ -1,0 +1,178 @@
+"""This rank's micro-batches, in plan order, for the whole run.
+
+The plan stays in the main process: what travels to a worker is the list of sample ids of one micro-batch, so workers
+start cheaply and never pack. Iterating consumes no random numbers but the loader's own: torch's `iter` would otherwise
+draw a seed from the global generator, after it was restored, and shift every dropout mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from eft.core.records import Int32Array, TokenDataset
+from eft.data.collators import Batch, Collator
+from eft.data.plan import EvalPlan, Plan, bin_costs, share_step
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """The sample ids of one forward pass; no bins stand for the dummy document."""
+
+    step: int
+    step_weight: float
+    bins: list[Int32Array]
+
+
+class TrainSampler(Sampler[MicroBatch]):
+    """This rank's micro-batches from optimizer step `cursor()` on, read when the iteration starts.
+
+    `len` is that of the whole run all the same: the trainer derives its total from it, and skips nothing itself.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        rank: int,
+        world_size: int,
+        accumulation: int,
+        micro_batch_size: int,
+        cursor: Callable[[], int],
+        cost_ratio: float,
+    ) -> None:
+        assert 0 <= rank < world_size
+        assert plan.global_batch_size <= world_size * accumulation * micro_batch_size
+        self._plan = plan
+        self._rank = rank
+        self._world_size = world_size
+        self._accumulation = accumulation
+        self._micro_batch_size = micro_batch_size
+        self._cursor = cursor
+        self._cost_ratio = cost_ratio
+
+    def __len__(self) -> int:
+        return self._plan.total_steps * self._accumulation
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        for number in range(self._cursor(), self._plan.total_steps):
+            step = self._plan.step(number)
+            costs = bin_costs(self._plan.dataset.lengths, step.bins, self._cost_ratio)
+            shares = share_step(step, costs, self._world_size, self._accumulation, self._micro_batch_size)
+            for bins in shares[self._rank]:
+                yield MicroBatch(number, step.weight, bins)
+
+
+class EvalSampler(Sampler[MicroBatch]):
+    """This rank's share of an evaluation: batches of `batch_size` bins go to the ranks in turn.
+
+    Every rank gets the same number; the last ones are dummies where the batches do not come out even.
+    """
+
+    def __init__(self, plan: EvalPlan, *, rank: int, world_size: int, batch_size: int) -> None:
+        assert 0 <= rank < world_size
+        self._plan = plan
+        self._rank = rank
+        self._world_size = world_size
+        self._batch_size = batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self._plan.bins) // (self._batch_size * self._world_size))
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        for turn in range(len(self)):
+            first = (turn * self._world_size + self._rank) * self._batch_size
+            yield MicroBatch(turn, self._plan.weight, self._plan.bins[first : first + self._batch_size])
+
+
+class _MicroBatches(Dataset[Batch]):
+    """Fetches and collates; the index is the micro-batch itself. Pickles to a worker as the data set does."""
+
+    def __init__(self, dataset: TokenDataset, collator: Collator) -> None:
+        self._dataset = dataset
+        self._collator = collator
+
+    def __getitem__(self, micro_batch: MicroBatch) -> Batch:
+        batch = self._collator([[self._dataset.sample(i) for i in ids.tolist()] for ids in micro_batch.bins])
+        batch["step"] = micro_batch.step
+        batch["step_weight"] = micro_batch.step_weight
+        return batch
+
+
+def build_train_loader(
+    dataset: TokenDataset,
+    plan: Plan,
+    collator: Collator,
+    *,
+    rank: int,
+    world_size: int,
+    accumulation: int,
+    micro_batch_size: int,
+    cursor: Callable[[], int],
+    num_workers: int = 0,
+    pin_memory: bool = False,
+    prefetch_factor: int = 2,
+    cost_ratio: float = 0.0,
+) -> DataLoader[Batch]:
+    """One loader for the whole run; each item is a collator's batch plus `step` int and `step_weight` float.
+
+    `step_weight` is Σ weight of the optimizer step over all ranks. `len` is always `plan.total_steps` × `accumulation`;
+    an iteration starts at optimizer step `cursor()` and yields what remains. `cost_ratio` is k in the cost of a
+    bin, tokens + k·Σ len², by which ranks are balanced. `prefetch_factor`: batches a worker holds ready.
+    """
+    sampler = TrainSampler(
+        plan,
+        rank=rank,
+        world_size=world_size,
+        accumulation=accumulation,
+        micro_batch_size=micro_batch_size,
+        cursor=cursor,
+        cost_ratio=cost_ratio,
+    )
+    return _loader(dataset, collator, sampler, num_workers, pin_memory, prefetch_factor)
+
+
+def build_eval_loader(
+    dataset: TokenDataset,
+    eval_plan: EvalPlan,
+    collator: Collator,
+    *,
+    rank: int,
+    world_size: int,
+    batch_size: int,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+    prefetch_factor: int = 2,
+) -> DataLoader[Batch]:
+    """As the training loader, over an evaluation split; `step_weight` is Σ weight of the whole split on every batch."""
+    sampler = EvalSampler(eval_plan, rank=rank, world_size=world_size, batch_size=batch_size)
+    return _loader(dataset, collator, sampler, num_workers, pin_memory, prefetch_factor)
+
+
+def _loader(
+    dataset: TokenDataset,
+    collator: Collator,
+    sampler: Sampler[MicroBatch],
+    num_workers: int,
+    pin_memory: bool,
+    prefetch_factor: int,
+) -> DataLoader[Batch]:
+    return DataLoader(
+        _MicroBatches(dataset, collator),
+        batch_size=None,
+        sampler=sampler,
+        collate_fn=_as_is,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        prefetch_factor=prefetch_factor if num_workers else None,
+        generator=torch.Generator().manual_seed(0),
+    )
+
+
+def _as_is(batch: Any) -> Any:
+    """The collator has done it; torch's default would walk through every batch."""
+    return batch

@@ -1,0 +1,127 @@
+"""Which samples are trained, which are held out, in which order: pure functions on index and digest arrays.
+
+Orders come from the raw 64-bit output of PCG64, which NumPy guarantees to stay the same, ranked by a stable sort; the
+methods of `numpy.random.Generator` carry no such guarantee. Equal seeds give equal splits on every version and machine.
+
+"Held-out duplicate" means equal input ids after tokenisation (and truncation), whatever the labels: the model would
+otherwise be graded on text it was trained on. Samples that share only their prompt with a held-out one stay.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from eft.core.errors import ConfigError, DataError
+from eft.core.records import Int64Array
+from eft.data.sample_set import Digests
+
+BoolArray = npt.NDArray[np.bool_]
+
+# Streams of the seed: the split must not move when the order does, nor the other way round.
+_SPLIT_STREAM = 1
+_ORDER_STREAM = 2
+
+
+def random_order(count: int, seed: int, stream: int) -> Int64Array:
+    """A random permutation of 0..count-1, int64 [count]; other streams of a seed are independent of it."""
+    keys = np.random.PCG64(np.random.SeedSequence([seed, stream])).random_raw(count)
+    return np.argsort(keys, kind="stable")
+
+
+def merged_order(count: int, seed: int, *, shuffle: bool) -> Int64Array:
+    """Order of the samples of all data sets together, int64 [count]: random by `seed`, or as they came."""
+    return random_order(count, seed, _ORDER_STREAM) if shuffle else np.arange(count, dtype=np.int64)
+
+
+def held_out_count(count: int, val_set_size: float) -> int:
+    """How many of `count` samples `val_set_size` holds out: 0, a share below 1 (rounded, at least one), or a number.
+
+    Raises ConfigError when a size of 1 and more is not whole, DataError when nothing would be left to train on.
+    """
+    if val_set_size <= 0:
+        return 0
+    if val_set_size < 1:
+        held_out = max(1, round(val_set_size * count))
+    elif val_set_size == int(val_set_size):
+        held_out = int(val_set_size)
+    else:
+        raise ConfigError(
+            f"val_set_size: {val_set_size}: a share below 1, or a whole number of rows; did you mean "
+            f"{int(val_set_size)}?"
+        )
+    if held_out >= count:
+        raise DataError(
+            f"val_set_size: {val_set_size:g} holds out {held_out} of {count} samples and leaves none to "
+            f"train on; give a smaller number or more rows"
+        )
+    return held_out
+
+
+def first_of_each(digests: Digests) -> BoolArray:
+    """True at the first of each group of equal digests, bool [samples]."""
+    _, first = np.unique(digests, return_index=True)
+    mask = np.zeros(len(digests), dtype=np.bool_)
+    mask[first] = True
+    return mask
+
+
+def equal_to_any(digests: Digests, held_out: Digests) -> BoolArray:
+    """True where a digest occurs in `held_out`, bool [samples]."""
+    return np.isin(digests, held_out)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What becomes of each of `count` samples: every index 0..count-1 is in exactly one of the four arrays."""
+
+    train: Int64Array
+    """In the order of the epoch's sample list, before the plan's own shuffle."""
+    held_out: Int64Array
+    """In the order of the draw."""
+    duplicates: Int64Array
+    """Equal to an earlier sample (ids, labels, weights), ascending; empty without deduplication."""
+    held_out_duplicates: Int64Array
+    """Left out of training because their ids equal a held-out sample's, ascending."""
+
+
+def mix(
+    id_digests: Digests,
+    sample_digests: Digests,
+    *,
+    seed: int,
+    shuffle: bool,
+    deduplicate: bool,
+    val_set_size: float,
+    test_id_digests: Digests | None = None,
+) -> Mixture:
+    """Deduplicate, then draw the held-out part, then remove its duplicates (and those of the test sets) from training.
+
+    `id_digests`, `sample_digests`: S16 [samples], all data sets one after the other; `test_id_digests`: of all samples
+    of `test_datasets`. Raises DataError when no sample would be left to train on.
+    """
+    count = len(id_digests)
+    unique = first_of_each(sample_digests) if deduplicate else np.ones(count, dtype=np.bool_)
+    candidates = np.flatnonzero(unique)
+    drawn = random_order(len(candidates), seed, _SPLIT_STREAM)[: held_out_count(len(candidates), val_set_size)]
+    held_out = candidates[drawn]
+    is_held_out = np.zeros(count, dtype=np.bool_)
+    is_held_out[held_out] = True
+    forbidden = id_digests[held_out]
+    if test_id_digests is not None:
+        forbidden = np.concatenate([forbidden, test_id_digests])
+    leaks = unique & ~is_held_out & equal_to_any(id_digests, forbidden)
+    train = np.flatnonzero(unique & ~is_held_out & ~leaks)
+    if not len(train):
+        raise DataError(
+            f"nothing is left to train on: of {count} samples {count - len(candidates)} are duplicates, "
+            f"{len(held_out)} are held out and {int(leaks.sum())} equal a held-out one; hold out other rows, or fewer"
+        )
+    return Mixture(
+        train=train[merged_order(len(train), seed, shuffle=shuffle)],
+        held_out=held_out,
+        duplicates=np.flatnonzero(~unique),
+        held_out_duplicates=np.flatnonzero(leaks),
+    )

@@ -1,0 +1,237 @@
+"""Where the turns of a rendered conversation are, proven from the template's own behaviour.
+
+For each turn two questions are answered by rendering, never by searching for markers in the text:
+
+- Where does the model start to write? At the end of the prompt that it would be given at that turn: the conversation up
+  to there rendered with the generation prompt. The whole conversation must start with exactly that text; where it does
+  not, the template rewrites earlier turns and no label would be right.
+- Where does the row's text end? The conversation is rendered once more with a probe text in that turn's place; whatever
+  follows the probe there follows the turn's text here.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import jinja2
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from eft.core.records import Message
+
+_SWITCHES = ("enable_thinking", "thinking")
+"""Variables by which templates choose between generation prompts. An empty reasoning block that the prompt itself can
+open and close (Qwen3) is part of the prompt: the row has no such text, and training on it would teach not to think."""
+RENDER_ERRORS = (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError)
+
+
+class UnprovableError(Exception):
+    """A span of this conversation cannot be proven; the message becomes `Rejected.reason`."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """Characters [start, stop) of the rendered conversation."""
+
+    start: int
+    stop: int
+
+
+class TokenizerFacts:
+    """What is asked of the tokenizer once per batch."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        added = tokenizer.added_tokens_decoder
+        special = {token.content: token_id for token_id, token in added.items() if token.special}
+        if isinstance(tokenizer.eos_token, str):
+            special.setdefault(tokenizer.eos_token, int(tokenizer.convert_tokens_to_ids(tokenizer.eos_token)))
+        self.special_ids = np.array(sorted(special.values()), dtype=np.int64)
+        ends = {content for content in special if content != tokenizer.bos_token or content == tokenizer.eos_token}
+        longest_first = sorted(ends, key=lambda content: (-len(content), content))
+        self.end_token = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        plain = [token.content for token in added.values() if not token.special and token.content.strip()]
+        plain.sort(key=len, reverse=True)
+        self.plain_end_token = re.compile(rf"\s*({'|'.join(map(re.escape, plain)) or r'(?!)'})")
+
+
+@dataclass
+class Layout:
+    """One rendered conversation and where its turns are."""
+
+    tokenizer: PreTrainedTokenizerBase
+    template: str
+    messages: list[Message]
+    tools: list[dict[str, Any]] | None
+    facts: TokenizerFacts
+    _frames: dict[tuple[int, bool], tuple[str, str]] = field(default_factory=dict)
+
+    def render(self, messages: list[Message], **variables: Any) -> str:
+        """The template's text for these messages; raises whatever the template raises."""
+        rendered = self.tokenizer.apply_chat_template(
+            messages,
+            tools=self.tools,
+            chat_template=self.template,
+            tokenize=False,
+            **variables,
+        )
+        assert isinstance(rendered, str)
+        return rendered
+
+    def try_render(self, messages: list[Message], **variables: Any) -> str | None:
+        """As `render`, None where the template refuses."""
+        try:
+            return self.render(messages, **variables)
+        except RENDER_ERRORS:
+            return None
+
+    @cached_property
+    def text(self) -> str:
+        """The whole conversation, string [characters]."""
+        try:
+            text = self.render(self.messages)
+        except RENDER_ERRORS as error:
+            raise UnprovableError(f"the chat template refuses the conversation ({error})") from error
+        if self.tools and self._without_tools() == text:
+            raise UnprovableError(
+                "the chat template leaves out the tool definitions; expected a template that renders `tools`, "
+                "such as `chat_template: chatml`"
+            )
+        return text
+
+    def _without_tools(self) -> str | None:
+        try:
+            return Layout(self.tokenizer, self.template, self.messages, None, self.facts).render(self.messages)
+        except RENDER_ERRORS:
+            return None
+
+    def refuse(self, turn: int, problem: str) -> UnprovableError:
+        return UnprovableError(f"turn {turn + 1} ({self.messages[turn]['role']}): {problem}")
+
+    # ---- where the model starts to write ----
+
+    def generation_start(self, turn: int) -> int:
+        """The character at which the model would start to write this assistant turn."""
+        before = self.messages[:turn]
+        prompts = [self.try_render(before, add_generation_prompt=True)] if before else [None]
+        if prompts[0] is not None:
+            switches = [switch for switch in _SWITCHES if switch in self.template]
+            prompts += [self.try_render(before, add_generation_prompt=True, **{switch: False}) for switch in switches]
+        matching = [len(prompt) for prompt in prompts if prompt is not None and self.text.startswith(prompt)]
+        if matching:
+            return max(matching)
+        if prompts[0] is None:
+            return self._opening_start(turn)
+        raise self.refuse(
+            turn,
+            "the template rewrites earlier turns: the text before this turn is not the prompt that the model would "
+            f"be given here ({_first_difference(prompts[0], self.text)}). Split the conversation so that it ends with "
+            "this turn, or choose another `chat_template`",
+        )
+
+    def _opening_start(self, turn: int) -> int:
+        """As `generation_start`, where the template renders no prompt because no user turn precedes."""
+        head, _ = self.frame(turn, keep_calls=False)
+        probe: list[Message] = [{"role": "user", "content": "x"}]
+        plain, prompt = self.try_render(probe), self.try_render(probe, add_generation_prompt=True)
+        if plain is not None and prompt is not None and prompt.startswith(plain):
+            header = prompt[len(plain) :]
+            if head.endswith(header) and self.text.startswith(head):
+                return len(head)
+        raise self.refuse(turn, "cannot be told from the template's own text, as no user turn precedes it")
+
+    # ---- where a turn's text is ----
+
+    def frame(self, turn: int, *, keep_calls: bool) -> tuple[str, str]:
+        """The conversation before and after a probe text that stands in this turn's place.
+
+        `keep_calls`: the turn keeps its tool calls and the probe is their argument, for templates that insist on them.
+        """
+        if (turn, keep_calls) not in self._frames:
+            self._frames[turn, keep_calls] = self._probe(turn, keep_calls)
+        return self._frames[turn, keep_calls]
+
+    def _probe(self, turn: int, keep_calls: bool) -> tuple[str, str]:
+        number = 0
+        while (probe := f"eftprobe{number}x") in self.text:
+            number += 1
+        message: Message = {**self.messages[turn]}
+        if keep_calls:
+            message["tool_calls"] = [
+                {**call, "function": {**call["function"], "arguments": {"p": probe}}} for call in message["tool_calls"]
+            ]
+        else:
+            message["content"] = probe
+            message.pop("tool_calls", None)
+            message.pop("reasoning_content", None)
+        rendered = self.try_render([*self.messages[:turn], message, *self.messages[turn + 1 :]])
+        if rendered is None or probe not in rendered:
+            raise self.refuse(turn, "the template does not show where its text is")
+        return rendered[: rendered.index(probe)], rendered[rendered.rindex(probe) + len(probe) :]
+
+    def text_start(self, turn: int) -> int:
+        """The first character of the row's own text in this turn."""
+        head, _ = self.frame(turn, keep_calls=False)
+        if not self.text.startswith(head):
+            raise self.refuse(turn, "the template rewrites earlier turns: what precedes it depends on this turn's text")
+        return len(head)
+
+    def ends(self, turn: int) -> tuple[int, Span | None]:
+        """Where the turn's text stops, and its end token: the first special token that follows the text before the next
+        turn; None where the template writes none."""
+        failure: UnprovableError | None = None
+        for keep_calls in (False, True) if "tool_calls" in self.messages[turn] else (False,):
+            try:
+                _, tail = self.frame(turn, keep_calls=keep_calls)
+            except UnprovableError as error:
+                failure = failure or error
+                continue
+            if self.text.endswith(tail):
+                stop = len(self.text) - len(tail)
+                return stop, self._end_token(turn, stop, last=keep_calls)
+        raise failure or self.refuse(turn, "the template rewrites earlier turns: what follows it depends on its text")
+
+    def _end_token(self, turn: int, stop: int, *, last: bool) -> Span | None:
+        """`last`: the last special token of the turn instead of the first, as tool calls may hold special tokens. An
+        added token that is not marked special counts where it follows at once and no special one does.
+
+        Some templates (GLM) end an assistant turn by nothing but the token that opens the next one: that is then what
+        tells the model to stop. For other roles it is no end.
+        """
+        plain = self.facts.plain_end_token.match(self.text, stop)
+        match = self.facts.end_token.search(self.text, stop)
+        is_assistant = self.messages[turn]["role"] == "assistant"
+        follows_at_once = match is not None and not self.text[stop : match.start()].strip()
+        if match and (last or not is_assistant or not follows_at_once):  # is it still this turn's?
+            through = self.try_render(self.messages[: turn + 1])
+            if through is not None and self.text.startswith(through):
+                matches = list(self.facts.end_token.finditer(self.text, stop, len(through)))
+                match = matches[-1 if last else 0] if matches else None
+            elif last or not follows_at_once:
+                if is_assistant and not plain:
+                    raise self.refuse(turn, "the template does not show where it ends")
+                match = None
+        if match:
+            return Span(match.start(), match.end())
+        return Span(plain.start(1), plain.end(1)) if plain else None
+
+    def require_written(self, turn: int, span: Span) -> None:
+        """Refuse when the template left out something that the row asks to train on."""
+        message = self.messages[turn]
+        written = "".join(self.text[span.start : span.stop].split())
+        parts = [("content", message["content"]), ("reasoning_content", message.get("reasoning_content", ""))]
+        parts += [("tool call", call["function"]["name"]) for call in message.get("tool_calls", [])]
+        for name, value in parts:
+            if "".join(value.split()) not in written:
+                raise self.refuse(
+                    turn,
+                    f"the template leaves out or rewrites its {name}, so it cannot be trained as it stands in the row; "
+                    "split the conversation so that it ends with this turn, or choose another `chat_template`",
+                )
+
+
+def _first_difference(ours: str, theirs: str) -> str:
+    at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+    return f"{ours[at : at + 24]!r} would stand where {theirs[at : at + 24]!r} stands"

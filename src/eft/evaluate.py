@@ -1,0 +1,54 @@
+"""Held-out loss without a training."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from peft import AutoPeftModelForCausalLM
+from transformers import PreTrainedModel
+
+from eft.builder import HFCausalTrainerBuilder
+from eft.config.root import TrainConfig
+from eft.core.errors import ConfigError, ModelError
+from eft.models.load import load_model
+from eft.run import load_datasets, load_trainable_model, prepare_tokenizer
+from eft.runtime.env import Environment, resolve_precision
+
+
+def evaluate_model(config: TrainConfig, model_path: str | None = None) -> dict[str, float]:
+    """Loss and perplexity on each of the config's held-out data sets.
+
+    Args:
+        config: of the run; its tokenizer, template and masks define the held-out tokens.
+        model_path: folder of an export or an adapter to evaluate instead of `base_model`.
+
+    Raises:
+        ConfigError: the config has no held-out data.
+        ModelError: `model_path` is no model.
+    """
+    tokenizer = prepare_tokenizer(config)
+    meta = load_datasets(config, tokenizer)
+    if meta.eval_dataset is None:
+        raise ConfigError("eft evaluate needs held-out data: set `val_set_size` or `test_datasets`")
+    model = load_trainable_model(config, tokenizer) if model_path is None else load_trained(config, model_path)
+    with tempfile.TemporaryDirectory() as folder:
+        builder = HFCausalTrainerBuilder(
+            config.model_copy(update={"output_dir": folder, "adapter": None}), model, tokenizer
+        )
+        builder.eval_dataset = meta.eval_dataset
+        trainer = builder.build()
+        metrics = trainer.evaluate(meta.eval_dataset)
+    return {name: value for name, value in metrics.items() if name.endswith(("_loss", "_ppl"))}
+
+
+def load_trained(config: TrainConfig, model_path: str) -> PreTrainedModel:
+    """A full export or an adapter folder, with the config's dtype rules."""
+    folder = Path(model_path)
+    if not folder.is_dir():
+        raise ModelError(f"{model_path}: no such folder")
+    compute_dtype = resolve_precision(config, Environment.detect()).compute_dtype
+    if (folder / "adapter_config.json").is_file():
+        return AutoPeftModelForCausalLM.from_pretrained(folder, dtype="auto")  # type: ignore[no-any-return]
+    update = {"base_model": model_path, "gguf_file": None, "revision_of_model": None}
+    return load_model(config.model_copy(update=update), compute_dtype=compute_dtype, seed=config.seed)

@@ -1,0 +1,156 @@
+"""Checks of a live model that cost seconds: boundaries, dtypes, and which tensors training really changes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from eft.core.records import PromiseResult
+from eft.models.attention import BoundarySupport, base_of, measure_boundaries
+
+_CHECKSUM_CHUNK = 1 << 22
+"""Elements that are widened to int64 at once, so that a large tensor's checksum needs 32 MiB of its own."""
+_SAMPLE_SIZE = 1024
+_NAMED_TENSORS = 8
+_INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def boundary_probe(
+    model: nn.Module, support: BoundarySupport, *, autocast_dtype: torch.dtype | None = None
+) -> PromiseResult:
+    """E1 on this very model, in the way `support` will be used: three tiny documents, one perturbed, each also alone.
+
+    Modes, gradients and random generators stay as they are. `autocast_dtype` is the dtype that training runs under.
+    Numbers: `leak` and `difference`, shares of the largest logit.
+    """
+    title = "packed documents do not see each other"
+    if support.mode == "refused":
+        return PromiseResult("E1", title, "not applicable", f"rows hold one document each: {support.reason}")
+    measured = measure_boundaries(model, support, autocast_dtype=autocast_dtype)
+    fault = measured.fault()
+    detail = fault or (
+        f"leak {measured.leak:.1e}, packed against alone {measured.difference:.1e} of the largest logit "
+        f"(limits {measured.leak_limit:.0e}, {measured.difference_limit:.0e}; {support.mode} boundaries)"
+    )
+    numbers = {"leak": measured.leak, "difference": measured.difference}
+    return PromiseResult("E1", title, "fail" if fault else "pass", detail, numbers)
+
+
+def select_logits_kwargs(model: nn.Module) -> bool:
+    """Whether the model's forward computes logits of chosen positions only (`logits_to_keep`, an index tensor).
+
+    Read off the signature of the model inside any peft wrapper: `**kwargs` alone would swallow the argument unused.
+    """
+    return "logits_to_keep" in inspect.signature(base_of(model).forward).parameters
+
+
+@dataclass(frozen=True)
+class DtypeRow:
+    """One line of the start table."""
+
+    trainable: bool
+    dtype: str
+    """torch's name without `torch.`."""
+    tensors: int
+    parameters: int
+    bytes: int
+
+    def __str__(self) -> str:
+        kind = "trained" if self.trainable else "frozen"
+        return f"{kind} {self.dtype}: {self.parameters:,} parameters, {self.bytes / 2**20:,.1f} MiB"
+
+
+def dtype_table(model: nn.Module) -> list[DtypeRow]:
+    """Parameters by (trainable, dtype), trainable and large first; tied tensors count once, shards as held here."""
+    groups: dict[tuple[bool, torch.dtype], list[Tensor]] = {}
+    for parameter in model.parameters():
+        groups.setdefault((parameter.requires_grad, parameter.dtype), []).append(_local(parameter))
+    rows = [
+        DtypeRow(
+            trainable,
+            str(dtype).removeprefix("torch."),
+            len(tensors),
+            sum(tensor.numel() for tensor in tensors),
+            sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+        )
+        for (trainable, dtype), tensors in groups.items()
+    ]
+    return sorted(rows, key=lambda row: (not row.trainable, -row.bytes))
+
+
+class TrainedTensorAudit:
+    """After some optimizer steps, every trainable tensor has changed and no frozen one has.
+
+    Check after step 3, not 1: LoRA's B starts at 0, so A has no gradient in the first step, and a warm-up's first
+    learning rate may be 0. Costs two passes over the weights and 8 KiB per tensor.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._before: dict[str, Tensor] = {}
+
+    def start(self) -> None:
+        """Remember a checksum of every parameter."""
+        self._before = {name: _checksum(parameter) for name, parameter in _parameters(self._model)}
+
+    def check(self) -> PromiseResult:
+        """Compare with `start()`. Fails by the names of idle trainable tensors and of changed frozen ones."""
+        assert self._before, "start() comes before check()"
+        idle: list[str] = []
+        moved: list[str] = []
+        trainable = frozen = 0
+        for name, parameter in _parameters(self._model):
+            trainable += parameter.requires_grad
+            frozen += not parameter.requires_grad
+            changed = not torch.equal(_checksum(parameter), self._before[name])
+            if parameter.requires_grad and not changed:
+                idle.append(name)
+            elif changed and not parameter.requires_grad:
+                moved.append(name)
+        faults = []
+        if not trainable:
+            faults.append("nothing is trainable")
+        if idle:
+            faults.append(f"{len(idle)} of {trainable} trainable tensors did not change: {_some(idle)}")
+        if moved:
+            faults.append(f"{len(moved)} of {frozen} frozen tensors changed: {_some(moved)}")
+        return PromiseResult(
+            "trained tensors",
+            "every trainable tensor changes, no frozen one does",
+            "fail" if faults else "pass",
+            "; ".join(faults) or f"{trainable} trainable tensors changed, {frozen} frozen ones did not",
+            {"trainable": trainable, "frozen": frozen, "idle": len(idle), "moved": len(moved)},
+        )
+
+
+def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Named parameters of which this process holds at least one element (a shard may be empty)."""
+    return ((name, parameter) for name, parameter in model.named_parameters() if _local(parameter).numel())
+
+
+def _local(parameter: Tensor) -> Tensor:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def _checksum(parameter: Tensor) -> Tensor:
+    """int64 [1 + sample]: the sum of all bit patterns, then evenly spaced bit patterns themselves.
+
+    Bits instead of values: NaN equals itself, and a change of one last place counts as much as any other.
+    """
+    values = _local(parameter).detach().reshape(-1)
+    bits = values.view(_INTEGER_OF_SIZE[values.element_size()])
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for chunk in torch.split(bits, _CHECKSUM_CHUNK):
+        total += chunk.sum(dtype=torch.int64)
+    sample = bits[:: max(1, bits.numel() // _SAMPLE_SIZE)][:_SAMPLE_SIZE].to(torch.int64)
+    return torch.cat([total[None], sample]).cpu()
+
+
+def _some(names: list[str]) -> str:
+    rest = len(names) - _NAMED_TENSORS
+    return ", ".join(names[:_NAMED_TENSORS]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,0 +1,192 @@
+"""E6: what was saved is what was trained. COMPLETE re-reads every tensor, VERIFIED asks a fresh process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
+
+from eft.core.constants import MANIFEST_NAME
+from eft.core.hashing import hash_file
+from eft.core.records import PromiseResult
+from eft.models.load import base_dtype
+from eft.models.plain import (
+    adapter_state,
+    base_model_of,
+    base_state,
+    id_of,
+    live_adapter_state,
+    plain_instance,
+    probe_logits,
+)
+
+CHILD_TIMEOUT_S = 3600
+_LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def check_saved_tensors(folder: Path, model: PreTrainedModel | PeftModel, dtype: torch.dtype) -> PromiseResult:
+    """E6 COMPLETE: the manifest's checksums hold, and every tensor on disk is byte-equal to the live one in `dtype`.
+
+    Read one tensor at a time. Every live tensor must be there, except a name tied to one that is; every trained
+    parameter must be in the files. A tensor that its family keeps in fp32 may be fp32 on disk.
+    """
+    title = "COMPLETE: every tensor on disk equals the live one"
+    problems = manifest_problems(folder)
+    checked = 0
+    if not problems:
+        expected = _expected_state(folder, model)
+        problems, seen = _compare_files(folder, expected, dtype)
+        checked = len(seen)
+        problems += _missing(expected, seen) + _left_out(model, seen)
+    detail = "; ".join(problems[:3]) if problems else f"{checked} tensors read back, all byte-equal"
+    return PromiseResult("E6", title, "fail" if problems else "pass", detail, {"tensors": float(checked)})
+
+
+def manifest_problems(folder: Path) -> list[str]:
+    """What contradicts `manifest.json`: missing files, other sizes or checksums. Empty when all is well."""
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        return [f"{path} is missing, so the export was never finished"]
+    problems = []
+    for name, facts in json.loads(path.read_text())["files"].items():
+        file = folder / name
+        if not file.is_file():
+            problems.append(f"{file} is missing")
+        elif file.stat().st_size != facts["size"]:
+            problems.append(f"{file} has {file.stat().st_size} bytes, the manifest says {facts['size']}")
+        elif hash_file(file) != facts["sha256"]:
+            problems.append(f"{file} was changed after it was written (sha256 differs)")
+    return problems
+
+
+def _tensor_files(folder: Path) -> list[Path]:
+    names = json.loads((folder / MANIFEST_NAME).read_text())["files"]
+    return [folder / name for name in sorted(names) if name.endswith(".safetensors")]
+
+
+def _expected_state(folder: Path, model: PreTrainedModel | PeftModel) -> dict[str, Tensor]:
+    """Live tensors under the names that the files use."""
+    on_disk: set[str] = set()
+    for file in _tensor_files(folder):
+        with safe_open(file, framework="pt") as tensors:
+            on_disk.update(tensors.keys())
+    if isinstance(model, PeftModel):
+        plain = adapter_state(model, with_embeddings=False)
+        return plain if on_disk <= plain.keys() else adapter_state(model, with_embeddings=True)
+    live = base_state(model)
+    if on_disk <= live.keys():
+        return live
+    # Families that transformers holds in another layout than their files (fused experts): map back as a save does.
+    return dict(revert_weight_conversion(model, dict(live)))
+
+
+def _compare_files(folder: Path, expected: dict[str, Tensor], dtype: torch.dtype) -> tuple[list[str], set[str]]:
+    problems: list[str] = []
+    seen: set[str] = set()
+    for file in _tensor_files(folder):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  (not a dict)
+                if name not in expected:
+                    problems.append(f"{file.name}: {name} is not in the live model")
+                    continue
+                seen.add(name)
+                if not _byte_equal(tensors.get_tensor(name), expected[name], dtype):
+                    problems.append(f"{file.name}: {name} differs from the live tensor")
+    return problems, seen
+
+
+def _byte_equal(saved: Tensor, live: Tensor, dtype: torch.dtype) -> bool:
+    wanted = dtype if live.is_floating_point() else live.dtype
+    if saved.dtype != wanted and not (saved.dtype == torch.float32 and live.is_floating_point()):
+        return False
+    cast = live.to(saved.dtype).contiguous()
+    return saved.shape == cast.shape and torch.equal(saved.contiguous().view(torch.uint8), cast.view(torch.uint8))
+
+
+def _missing(expected: dict[str, Tensor], seen: set[str]) -> list[str]:
+    there = {id_of(expected[name]) for name in seen}
+    return [f"{name} was not saved" for name, tensor in expected.items() if id_of(tensor) not in there]
+
+
+def _left_out(model: PreTrainedModel | PeftModel, seen: set[str]) -> list[str]:
+    """Trained parameters outside the files: an adapter export cannot carry weights of the base."""
+    if not isinstance(model, PeftModel):
+        return []
+    state = live_adapter_state(model, with_embeddings=True)
+    there = {id_of(state[name]) for name in seen if name in state}
+    return [
+        f"{name} was trained but is not part of the export"
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and id_of(parameter) not in there
+    ]
+
+
+def verify_export(
+    folder: Path, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, ids: list[int]
+) -> PromiseResult:
+    """E6 VERIFIED: plain transformers, in a fresh process, gives the live weights' logits on the document `ids`.
+
+    The expected logits come from a plain second instance holding the live weights in the export's dtype, on the CPU
+    with as many threads. Bit-equality is expected; the largest difference is reported otherwise. Not applicable to an
+    adapter whose base exists only in memory.
+    """
+    title = "VERIFIED: a fresh process with plain from_pretrained gives the live logits"
+    problems = manifest_problems(folder)
+    if problems:
+        return PromiseResult("E6", title, "fail", "; ".join(problems[:3]))
+    manifest = json.loads((folder / MANIFEST_NAME).read_text())
+    if isinstance(model, PeftModel) and manifest["base_model"] is None:
+        return PromiseResult("E6", title, "not applicable", "the adapter's base model was never loaded from files")
+    started = time.monotonic()
+    child, error = _run_child(folder, ids)
+    if child is None:
+        return PromiseResult("E6", title, "fail", f"plain transformers could not load {folder}: {error}")
+    dtype: torch.dtype = getattr(torch, manifest["dtype"])
+    weights_dtype = base_dtype(base_model_of(model)) if isinstance(model, PeftModel) else dtype
+    expected = probe_logits(plain_instance(model, weights_dtype, adapter_dtype=dtype), ids)
+    numbers = {"tokens": float(len(ids)), "seconds": round(time.monotonic() - started, 1)}
+    logits = child["logits"]
+    if logits.shape != expected.shape:
+        detail = f"logits have shape {list(logits.shape)}, the live model's {list(expected.shape)}"
+        return PromiseResult("E6", title, "fail", detail, numbers)
+    difference = float((logits.float() - expected.float()).abs().max())
+    numbers |= {"max_abs_difference": difference, "max_abs_logit": float(expected.float().abs().max())}
+    if not torch.equal(logits, expected):
+        return PromiseResult("E6", title, "fail", f"logits differ by up to {difference:.3g}", numbers)
+    wanted = tokenizer.encode(tokenizer.decode(ids), add_special_tokens=False)
+    if "tokens" in child and child["tokens"].tolist() != wanted:
+        return PromiseResult("E6", title, "fail", "the saved tokenizer encodes the probe differently", numbers)
+    return PromiseResult("E6", title, "pass", f"logits of {len(ids)} tokens are bit-equal", numbers)
+
+
+def _run_child(folder: Path, ids: list[int]) -> tuple[dict[str, Tensor] | None, str]:
+    """The fresh process's tensors, or None and the end of what it printed."""
+    threads = str(torch.get_num_threads())
+    environment: dict[str, Any] = {k: v for k, v in os.environ.items() if k not in _LAUNCHER_VARIABLES}
+    # One document on the CPU: there the last bits depend on the thread count, and the GPU is full of training state.
+    environment |= {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "CUDA_VISIBLE_DEVICES": ""}
+    with tempfile.TemporaryDirectory() as place:
+        out = Path(place, "logits.safetensors")
+        command = [sys.executable, "-m", "eft.models.verify_child", str(folder), ",".join(map(str, ids)), str(out)]
+        try:
+            run = subprocess.run(
+                command, env=environment, capture_output=True, text=True, timeout=CHILD_TIMEOUT_S, check=False
+            )
+        except subprocess.TimeoutExpired:
+            return None, f"no answer within {CHILD_TIMEOUT_S} s"
+        if run.returncode != 0:
+            return None, " ".join(run.stderr.strip().splitlines()[-2:])
+        return load_file(out), ""

@@ -1,0 +1,379 @@
+"""A whole run, top to bottom: data → model → trainer → training → export → verified export → report."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import resource
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from eft.builder import HFCausalTrainerBuilder, as_config
+from eft.callbacks import RunOutcome
+from eft.config.identity import differences, identity
+from eft.config.dump import show_config
+from eft.config.load import LoadedConfig
+from eft.config.root import TrainConfig
+from eft.config.usage import keys_read
+from eft.core import constants
+from eft.core.atomic import write_json, write_text
+from eft.core.errors import ConfigError, DataError, PromiseBroken
+from eft.core.records import Message, PromiseResult
+from eft.data.chat_template import resolve_template
+from eft.data.dataset_meta import DatasetMeta
+from eft.data.plan import Plan, build_plan
+from eft.data.entry import Progress
+from eft.data.prepare import prepare_datasets
+from eft.models.adapters import apply_adapter, apply_freezing
+from eft.models.export import check_saved_tensors, export_model, verify_export
+from eft.models.generate import sample_texts
+from eft.models.load import load_model
+from eft.models.tokenizer import load_tokenizer, resize_embeddings
+from eft.parallel.plan import batch_of
+from eft.runtime.checkpoint import CheckpointStore, verify_manifest
+from eft.runtime.env import Environment, resolve_precision, versions
+from eft.runtime.run_folder import RunFolder, claim_run_folder
+from eft.start_table import Rows, start_rows
+from eft.trainer.trainer import EftTrainer
+
+logger = logging.getLogger(__name__)
+
+OnFinish = Callable[[Path], None]
+OnStart = Callable[[Rows, DatasetMeta], None]
+
+
+def prepare_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
+    """The config's tokenizer with the config's chat template, as it trains and as it is exported."""
+    tokenizer = load_tokenizer(config)
+    if config.chat_template != "tokenizer_default":
+        tokenizer.chat_template = resolve_template(tokenizer, config.chat_template, config.chat_template_jinja)
+    return tokenizer
+
+
+def load_datasets(
+    cfg: TrainConfig | Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    progress: Progress | None = None,
+) -> DatasetMeta:
+    """Prepare the config's data (or find them prepared) and count the steps they give.
+
+    Raises:
+        DataError: a row, file or data set is wrong; the message names it.
+    """
+    config = as_config(cfg)
+    prepared = prepare_datasets(config, tokenizer or prepare_tokenizer(config), progress=progress)
+    evals: Any = prepared.evals
+    if len(evals) <= 1:
+        evals = next(iter(evals.values()), None)
+    plan = plan_of(config, prepared.train, Environment.detect().world_size)
+    return DatasetMeta(
+        prepared.train,
+        evals,
+        plan.total_steps,
+        ledger=prepared.ledger,
+        eval_conversations=prepared.eval_conversations,
+        cache_note=prepared.cache_note,
+        keys_read=keys_read(config),
+    )
+
+
+def plan_of(config: TrainConfig, dataset: Any, world_size: int) -> Plan:
+    """The plan that a run of this config over `dataset` follows on `world_size` ranks."""
+    return build_plan(
+        dataset,
+        capacity=config.sequence_len,
+        packed=config.sample_packing,
+        sequential=config.sample_packing_sequentially,
+        shuffle=not config.curriculum_sampling,
+        global_batch_size=batch_of(config, world_size).global_batch_size,
+        num_epochs=config.num_epochs,
+        max_steps=config.max_steps,
+        seed=config.seed,
+    )
+
+
+def load_trainable_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The base model with its new tokens, its adapter or its frozen part."""
+    compute_dtype = resolve_precision(config, Environment.detect()).compute_dtype
+    model = load_model(config, compute_dtype=compute_dtype, seed=config.seed)
+    resize_embeddings(model, tokenizer, config, seed=config.seed)
+    apply_freezing(model, config)
+    return apply_adapter(model, config, seed=config.seed)
+
+
+def setup_trainer(
+    cfg: TrainConfig | Mapping[str, Any],
+    train_dataset: Any,
+    eval_dataset: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    processor: None = None,
+    total_num_steps: int | None = None,
+    **rl: Any,
+) -> EftTrainer:
+    """Route to the causal-LM builder.
+
+    Raises:
+        ConfigError: the config asks for reinforcement learning (`rl`), which is not part of eft.
+    """
+    method = cfg.get("rl") if isinstance(cfg, Mapping) else None
+    if method or any(value is not None for value in rl.values()):
+        raise ConfigError(
+            f"rl: {method or ', '.join(rl)!r} asks for preference or reinforcement learning, which is not part of eft: it "
+            "does supervised fine-tuning only. Remove `rl`, or use a trainer made for it."
+        )
+    builder = HFCausalTrainerBuilder(cfg, model, tokenizer, processor)
+    builder.train_dataset, builder.eval_dataset = train_dataset, eval_dataset
+    return builder.build(total_num_steps)
+
+
+@dataclass
+class Run:
+    """What the phases of one run share."""
+
+    config: TrainConfig
+    folder: RunFolder
+    tokenizer: PreTrainedTokenizerBase
+    meta: DatasetMeta
+    model: PreTrainedModel
+    trainer: EftTrainer
+    console: Console | None
+    outcome: RunOutcome
+
+    @property
+    def path(self) -> Path:
+        """The output folder."""
+        return self.folder.path
+
+
+def train(
+    cfg: TrainConfig | Mapping[str, Any],
+    dataset_meta: DatasetMeta | None = None,
+    *,
+    overwrite: bool = False,
+    console: Console | None = None,
+    origins: Mapping[str, str] | None = None,
+    on_start: OnStart | None = None,
+    on_finish: OnFinish | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, EftTrainer]:
+    """Fine-tune as the config says and leave a folder that plain transformers loads.
+
+    Args:
+        cfg: the config, or a mapping with its keys.
+        dataset_meta: prepared data; None: prepare them here.
+        overwrite: delete an earlier run in `output_dir` first.
+        console: where the progress line goes; None: nowhere.
+        origins: where each config value comes from, for config.yaml.
+        on_start: called with the derived quantities before the first step.
+        on_finish: called with the output folder at the very end, also after an interruption.
+
+    Returns:
+        (model, tokenizer, trainer), after training.
+
+    Raises:
+        EftError: the config, the data or the model is wrong, or a promise does not hold.
+    """
+    config = as_config(cfg)
+    folder = claim_run_folder(
+        Path(config.output_dir), identity(config), overwrite=overwrite, differences=differences
+    )
+    set_tracker_environment(config)
+    set_seed(config.seed)
+    run = _assemble(config, folder, dataset_meta, console)
+    _write_start(run, origins or {})
+    if on_start is not None:
+        on_start(start_rows(config, run.trainer, run.meta), run.meta)
+    checkpoint = _checkpoint_to_resume(run)
+    before = _sample_answers(run) if checkpoint is None else None
+    _save_samples(run, before, None)
+    started = time.time()
+    result = run.trainer.train(resume_from_checkpoint=checkpoint)
+    _finish(run, result, time.time() - started)
+    if on_finish is not None:
+        on_finish(run.path)
+    return run.model, run.tokenizer, run.trainer
+
+
+def _assemble(
+    config: TrainConfig, folder: RunFolder, meta: DatasetMeta | None, console: Console | None
+) -> Run:
+    tokenizer = prepare_tokenizer(config)
+    if meta is None:
+        meta = load_datasets(config, tokenizer)
+    if meta.ledger is not None:
+        meta.ledger.check()
+    model = load_trainable_model(config, tokenizer)
+    builder = HFCausalTrainerBuilder(config, model, tokenizer)
+    builder.console = console
+    builder.keys_read_before = meta.keys_read
+    builder.train_dataset, builder.eval_dataset = meta.train_dataset, meta.eval_dataset
+    # The plan decides the steps; a number from elsewhere would only repeat it.
+    trainer = builder.build(None)
+    return Run(config, folder, tokenizer, meta, model, trainer, console, builder.outcome)
+
+
+def _write_start(run: Run, origins: Mapping[str, str]) -> None:
+    """config.yaml, plan.json, ledger.json and the table of derived quantities, before the first step."""
+    plan = run.trainer.make_plan()
+    write_text(run.path / constants.CONFIG_FILE, _config_text(run.config, origins))
+    write_json(run.path / constants.PLAN_FILE, plan.summary())
+    if run.meta.ledger is not None:
+        write_json(run.path / constants.LEDGER_FILE, run.meta.ledger.to_json())
+        run.outcome.promises.append(
+            PromiseResult("E5", "every raw token accounted for", "pass", "the ledger balances for every source")
+        )
+
+
+def _config_text(config: TrainConfig, origins: Mapping[str, str]) -> str:
+    """The effective config as YAML, with each value's origin as a comment."""
+    lines = show_config(LoadedConfig(config, dict(origins)))
+    return "".join(f"{line.yaml}  # {origin}\n" if origin else f"{line.yaml}\n" for line, origin in lines)
+
+
+def _checkpoint_to_resume(run: Run) -> str | None:
+    """The checkpoint to continue from, or None for a fresh start."""
+    wanted = run.config.resume_from_checkpoint
+    if isinstance(wanted, str):
+        verify_manifest(Path(wanted))
+        return wanted
+    automatic = run.config.auto_resume_from_checkpoints and run.folder.continues
+    if wanted is not True and not automatic:
+        return None
+    found = CheckpointStore(run.path, save_total_limit=None).newest_complete()
+    newest = found.path
+    for path, reason in found.skipped:
+        logger.warning("skipping %s: %s", path, reason)
+    if newest is None:
+        if wanted is True:
+            raise ConfigError(f"resume_from_checkpoint: true, but {run.path} holds no complete checkpoint")
+        return None
+    if run.console is not None:
+        run.console.print(f"Continuing the unfinished run in {run.path} from {newest.name}.", highlight=False)
+    return str(newest)
+
+
+def _sample_prompts(run: Run) -> list[list[Message]]:
+    """Held-out conversations up to, not including, their last turn of the assistant."""
+    config = run.config
+    if not config.generate_samples:
+        return []
+    conversations = [turns for turns in run.meta.eval_conversations if turns and turns[-1]["role"] == "assistant"]
+    if not conversations:
+        raise DataError(
+            "generate_samples: the held-out rows hold no conversation that ends with an answer of the assistant. "
+            "Set `generate_samples: false`."
+        )
+    return conversations[: config.num_generation_samples]
+
+
+def _sample_answers(run: Run) -> list[str]:
+    conversations = _sample_prompts(run)
+    if not conversations:
+        return []
+    prompts = [turns[:-1] for turns in conversations]
+    return sample_texts(
+        run.model, run.tokenizer, prompts, max_new_tokens=run.config.generation_max_new_tokens, batch_size=8
+    )
+
+
+def _save_samples(run: Run, before: list[str] | None, after: list[str] | None) -> None:
+    """samples.jsonl: prompt, reference, and the answers known so far."""
+    path = run.path / constants.SAMPLES_FILE
+    conversations = _sample_prompts(run)
+    if not conversations or (before is None and after is None):
+        return
+    if before is None and path.is_file():
+        before = [json.loads(line)["before"] for line in path.read_text().splitlines()]
+    blank = [""] * len(conversations)
+    rows = [
+        {"prompt": turns[:-1], "reference": turns[-1].get("content", ""), "before": old, "after": new}
+        for turns, old, new in zip(conversations, before or blank, after or blank, strict=True)
+    ]
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _finish(run: Run, result: Any, seconds: float) -> None:
+    """Export and verify a finished run; write what is known of any."""
+    interrupted = run.outcome.signal_number is not None and result.global_step < run.trainer.args.max_steps
+    if not interrupted:
+        _save_samples(run, None, _sample_answers(run) if run.config.generate_samples else None)
+        run.outcome.promises.extend(_export(run))
+    run.outcome.promises.append(_schedule_promise(run, result.global_step))
+    write_json(run.path / constants.PROMISES_FILE, [asdict(promise) for promise in run.outcome.promises])
+    write_json(run.path / constants.SUMMARY_FILE, _summary(run, result, seconds))
+    run.folder.mark("interrupted" if interrupted else "finished", step=result.global_step, reason=run.outcome.reason)
+    broken = [promise for promise in run.outcome.promises if promise.status == "fail"]
+    if broken:
+        raise PromiseBroken("; ".join(f"{promise.promise} {promise.title}: {promise.detail}" for promise in broken))
+
+
+def _export(run: Run) -> list[PromiseResult]:
+    """Write the final weights at the top of the output folder and prove that they are what was trained (E6)."""
+    trainer, config = run.trainer, run.config
+    with trainer.parts.evaluation_weights(trainer.plain_optimizer()):
+        dtype = getattr(torch, config.save_dtype) if config.save_dtype is not None else None
+        manifest = export_model(run.model, run.tokenizer, run.path, save_dtype=dtype, gguf_file=config.gguf_file)
+        results = [check_saved_tensors(run.path, run.model, getattr(torch, manifest["dtype"]))]
+        if config.verify_saves == "ends":
+            results.append(verify_export(run.path, run.model, run.tokenizer, _probe_document(run)))
+    return results
+
+
+def _probe_document(run: Run) -> list[int]:
+    """A short document of the user's own data."""
+    return [int(token) for token in run.meta.train_dataset.sample(0).input_ids[:64]]
+
+
+def _schedule_promise(run: Run, executed: int) -> PromiseResult:
+    planned = int(run.trainer.args.max_steps)
+    numbers = {"planned": float(planned), "executed": float(executed)}
+    title = "steps printed = steps executed"
+    if planned == executed:
+        return PromiseResult("E7", title, "pass", f"{executed:,} steps", numbers)
+    early = run.outcome.reason != "finished"
+    detail = f"{executed:,} of {planned:,} steps: {run.outcome.reason}"
+    return PromiseResult("E7", title, "not applicable" if early else "fail", detail, numbers)
+
+
+def _summary(run: Run, result: Any, seconds: float) -> dict[str, Any]:
+    rows = [row for row in run.trainer.state.log_history if "eval_loss" in row]
+    parameters = list(run.model.parameters())
+    meter = run.trainer.parts.meter.state()
+    return {
+        "steps": result.global_step,
+        "training_loss": result.training_loss,
+        "eval_loss_first": rows[0]["eval_loss"] if rows else None,
+        "eval_loss": rows[-1]["eval_loss"] if rows else None,
+        "seconds": round(seconds, 3),
+        "tokens": meter["tokens"],
+        "trained_tokens": meter["trained_tokens"],
+        "training_seconds": round(meter["seconds"], 3),
+        "tokens_per_second": round(meter["tokens"] / meter["seconds"], 1) if meter["seconds"] else 0.0,
+        "peak_memory_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        "parameters_total": sum(parameter.numel() for parameter in parameters),
+        "parameters_trainable": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        "exit_reason": run.outcome.reason,
+        "environment": versions(),
+    }
+
+
+def set_tracker_environment(config: TrainConfig) -> None:
+    """Hand names and addresses to the trackers the way their Trainer integrations read them."""
+    values = {
+        "WANDB_PROJECT": config.wandb_project if config.use_wandb else None,
+        "WANDB_ENTITY": config.wandb_entity if config.use_wandb else None,
+        "MLFLOW_TRACKING_URI": config.mlflow_tracking_uri if config.use_mlflow else None,
+        "MLFLOW_EXPERIMENT_NAME": config.mlflow_experiment_name if config.use_mlflow else None,
+    }
+    for name, value in values.items():
+        if value is not None:
+            os.environ[name] = value

@@ -1,0 +1,150 @@
+"""The machine and the process: device, rank, native precision, versions."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+
+import torch
+
+from eft.config.training import TrainingConfig
+from eft.core.errors import ConfigError
+
+_PACKAGES = (
+    "eft-trainer",
+    "torch",
+    "transformers",
+    "accelerate",
+    "peft",
+    "datasets",
+    "safetensors",
+    "pyarrow",
+    "numpy",
+    "numba",
+    "schedulefree",
+    "pytorch-optimizer",
+    "flash-attn",
+)
+_CPU_BF16 = ("avx512_bf16", "amx_bf16", "bf16")
+"""Names in `torch.cpu.get_capabilities()` of instructions that multiply bf16 (x86, x86, ARM)."""
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Where this process runs."""
+
+    device: torch.device
+    device_name: str
+    rank: int
+    local_rank: int
+    world_size: int
+    bf16_native: bool
+    bf16_reason: str
+    """Why bf16 is or is not native, for the start print."""
+
+    @classmethod
+    def detect(cls, environ: Mapping[str, str] | None = None) -> Environment:
+        """Look at torch and at torchrun's variables (RANK, LOCAL_RANK, WORLD_SIZE; one process without them).
+
+        Raises:
+            ConfigError: the variables contradict each other or the machine.
+        """
+        variables = os.environ if environ is None else environ
+        rank, local_rank = _number(variables, "RANK", 0), _number(variables, "LOCAL_RANK", 0)
+        world_size = _number(variables, "WORLD_SIZE", 1)
+        if not 0 <= rank < world_size:
+            raise ConfigError(f"RANK: {rank} is not below WORLD_SIZE {world_size}; start with torchrun or eft train.")
+        device = _device(local_rank)
+        native, reason = _native_bf16(device)
+        return cls(device, _device_name(device), rank, local_rank, world_size, native, reason)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What the run computes in. Trainable weights are fp32 in every case (D10)."""
+
+    compute_dtype: torch.dtype
+    reason: str
+
+    @property
+    def autocast(self) -> bool:
+        """Whether the forward pass runs under autocast."""
+        return self.compute_dtype != torch.float32
+
+
+def resolve_precision(cfg: TrainingConfig, env: Environment) -> Precision:
+    """The compute dtype by `bf16`, `fp16` and the machine. `bf16: auto` never becomes fp16 by itself.
+
+    Raises:
+        ConfigError: both are switched on, or fp16 without CUDA, or bf16 on a GPU that only emulates it.
+    """
+    if cfg.fp16:
+        if cfg.bf16 is True:
+            raise ConfigError("fp16: `bf16: true` is set too; keep one of the two.")
+        if env.device.type != "cuda":
+            raise ConfigError(f"fp16: needs CUDA, but the device is {env.device.type}; use `bf16: auto`.")
+        return Precision(torch.float16, "fp16: true")
+    if cfg.bf16 is False:
+        return Precision(torch.float32, "bf16: false")
+    if cfg.bf16 == "auto":
+        dtype = torch.bfloat16 if env.bf16_native else torch.float32
+        return Precision(dtype, f"bf16: auto, {env.bf16_reason}")
+    if env.bf16_native:
+        return Precision(torch.bfloat16, "bf16: true")
+    if env.device.type == "cuda":
+        raise ConfigError(f"bf16: {env.bf16_reason}; set `bf16: false`, or `fp16: true`.")
+    return Precision(torch.bfloat16, f"bf16: true, though {env.bf16_reason}: correct, but slower than fp32")
+
+
+def versions() -> dict[str, str]:
+    """Python, platform and the installed versions of what a run depends on."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    if torch.version.cuda is not None:
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+def _number(variables: Mapping[str, str], name: str, default: int) -> int:
+    text = variables.get(name, "")
+    if text and not text.isdecimal():
+        raise ConfigError(f"{name}: expected a whole number in the environment, got {text!r}.")
+    return int(text) if text else default
+
+
+def _device(local_rank: int) -> torch.device:
+    kind = torch.accelerator.current_accelerator(check_available=True)
+    if kind is None:
+        return torch.device("cpu")
+    count = torch.accelerator.device_count()
+    if local_rank >= count:
+        raise ConfigError(f"LOCAL_RANK: {local_rank}, but this machine has {count} {kind.type} devices.")
+    return torch.device(kind.type, local_rank)
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        return str(torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or "CPU")
+    return device.type
+
+
+def _native_bf16(device: torch.device) -> tuple[bool, str]:
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return native, f"the GPU {'computes' if native else 'does not compute'} bf16 natively"
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        found = [name for name in _CPU_BF16 if capabilities.get(name)]
+        if found:
+            return True, f"the CPU computes bf16 natively ({found[0]})"
+        return False, "the CPU does not compute bf16 natively"
+    return False, f"bf16 is not known to be native on {device.type}"

@@ -1,0 +1,170 @@
+"""Optimizer and schedule state by parameter name: tensors in safetensors, scalars in JSON, no pickle.
+
+Not `torch.distributed.checkpoint.state_dict`: that fills missing state by running an optimizer step (refused or counted
+by schedule-free optimizers) and loads through `Optimizer.load_state_dict`, which casts state to the parameter's dtype.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from eft.core.atomic import write_json
+from eft.core.errors import CheckpointError
+from eft.runtime.tensors import check_names, read_tensors, save_tensors
+
+TENSOR_FILE = "optimizer.safetensors"
+SCALAR_FILE = "optimizer.json"
+SCHEDULER_FILE = "scheduler.json"
+
+_NOT_STORED = ("params", "param_names")
+_MOVING = frozenset({"lr", "step", "k", "weight_sum", "lr_max", "scheduled_lr", "train_mode"})
+"""Group entries that an optimizer or a schedule changes as it runs; all others are settings."""
+
+
+def save_optimizer(folder: Path, optimizer: Optimizer, model: nn.Module) -> None:
+    """Write the state of `optimizer` over the parameters of the unwrapped `model` into `folder`.
+
+    Raises:
+        CheckpointError: a parameter that the model does not have, state of a type without an exact form, or a file
+            that reads back differently.
+    """
+    names = _names(model)
+    tensors: dict[str, Tensor] = {}
+    scalars: dict[str, dict[str, Any]] = {}
+    groups = []
+    for group in optimizer.param_groups:
+        members = [_name_of(parameter, names) for parameter in group["params"]]
+        options = {key: _to_json(key, value) for key, value in group.items() if key not in _NOT_STORED}
+        groups.append({"params": members, "options": options})
+        for name, parameter in zip(members, group["params"], strict=True):
+            for key, value in optimizer.state.get(parameter, {}).items():
+                if isinstance(value, Tensor):
+                    tensors[f"{name}/{key}"] = value
+                else:
+                    scalars.setdefault(name, {})[key] = _to_json(key, value)
+    save_tensors(folder / TENSOR_FILE, tensors)
+    write_json(folder / SCALAR_FILE, {"class": _class_name(optimizer), "groups": groups, "scalars": scalars})
+
+
+def load_optimizer(folder: Path, optimizer: Optimizer, model: nn.Module, *, allow_change: bool = False) -> None:
+    """Restore what `save_optimizer` wrote, bit for bit, into `optimizer`, replacing all of its state.
+
+    Args:
+        allow_change: settings that differ (weight decay, betas) keep the live value instead of being an error.
+
+    Raises:
+        CheckpointError: files missing or broken, another optimizer, parameters or settings than this run's.
+    """
+    path = folder / SCALAR_FILE
+    saved = _read_json(path)
+    tensors = read_tensors(folder / TENSOR_FILE)
+    if saved["class"] != _class_name(optimizer):
+        raise CheckpointError(f"{path}: written by {saved['class']}; this run's optimizer is {_class_name(optimizer)}.")
+    names = _names(model)
+    live = [[_name_of(parameter, names) for parameter in group["params"]] for group in optimizer.param_groups]
+    if len(live) != len(saved["groups"]):
+        raise CheckpointError(f"{path}: has {len(saved['groups'])} parameter groups, this run has {len(live)}.")
+    for members, stored, group in zip(live, saved["groups"], optimizer.param_groups, strict=True):
+        check_names(path, stored["params"], members, "parameter")
+        _restore_options(path, group, stored["options"], allow_change)
+    optimizer.state.clear()
+    for members, group in zip(live, optimizer.param_groups, strict=True):
+        parameters = dict(zip(members, group["params"], strict=True))
+        for name, values in saved["scalars"].items():
+            if name in parameters:
+                optimizer.state[parameters[name]].update({key: _from_json(value) for key, value in values.items()})
+        for entry, tensor in tensors.items():
+            name, key = entry.rsplit("/", 1)
+            if name in parameters:
+                optimizer.state[parameters[name]][key] = _placed(tensor, key, parameters[name], group)
+
+
+def save_scheduler(folder: Path, scheduler: LambdaLR) -> None:
+    """Write the step that `scheduler` is at."""
+    write_json(folder / SCHEDULER_FILE, {"step": scheduler.last_epoch})
+
+
+def load_scheduler(folder: Path, scheduler: LambdaLR) -> None:
+    """Put `scheduler` and its optimizer's learning rates at the saved step, by the closed form (E7).
+
+    Raises:
+        CheckpointError: the file is missing or broken.
+    """
+    path = folder / SCHEDULER_FILE
+    step = _read_json(path).get("step")
+    if not isinstance(step, int) or step < 0:
+        raise CheckpointError(f"{path}: `step` must be a whole number of at least 0, got {step!r}.")
+    factors = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    rates = [base * factor(step) for base, factor in factors]
+    state = {**scheduler.state_dict(), "last_epoch": step, "_step_count": step + 1, "_last_lr": rates}
+    scheduler.load_state_dict(state)
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+
+
+def _restore_options(path: Path, group: dict[str, Any], stored: dict[str, Any], allow_change: bool) -> None:
+    label = group.get("name", "0")
+    for key, encoded in stored.items():
+        value = _from_json(encoded)
+        if key in _MOVING or key not in group:
+            group[key] = value
+        elif group[key] != value and not allow_change:
+            setting = "learning_rate" if key == "initial_lr" else key
+            raise CheckpointError(
+                f"{path}: written with {setting} {value!r} in group {label!r}, but this run has {group[key]!r}; "
+                "set it back, or pass --allow-change to go on with this run's."
+            )
+
+
+def _placed(tensor: Tensor, key: str, parameter: nn.Parameter, group: dict[str, Any]) -> Tensor:
+    """A copy where the optimizer keeps it: step counts on the host, unless the kernel reads them."""
+    on_host = key == "step" and not (group.get("fused") or group.get("capturable"))
+    return tensor.clone() if on_host else tensor.clone().to(parameter.device)
+
+
+def _names(model: nn.Module) -> dict[int, str]:
+    return {id(parameter): name for name, parameter in model.named_parameters()}
+
+
+def _name_of(parameter: nn.Parameter, names: dict[int, str]) -> str:
+    if id(parameter) not in names:
+        raise CheckpointError(
+            f"The optimizer updates a parameter of shape {list(parameter.shape)} that the model does not have; "
+            "it was built for another model."
+        )
+    return names[id(parameter)]
+
+
+def _class_name(optimizer: Optimizer) -> str:
+    return type(optimizer).__name__
+
+
+def _to_json(key: str, value: Any) -> Any:
+    """Exact: JSON keeps every finite double by its repr, Python's NaN and Infinity, and int apart from float."""
+    if isinstance(value, tuple | list):
+        return {"tuple": [_to_json(key, item) for item in value]}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise CheckpointError(f"The optimizer keeps a {type(value).__name__} under {key!r}; it cannot be stored exactly.")
+
+
+def _from_json(value: Any) -> Any:
+    return tuple(_from_json(item) for item in value["tuple"]) if isinstance(value, dict) else value
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{path}: missing; a checkpoint of `save_only_model` cannot be resumed, only started from (`base_model`)."
+        ) from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: broken: {error}") from error
+    return value

@@ -1,0 +1,78 @@
+"""A model's weights in a checkpoint: in their live dtypes, restored bit for bit into the live model.
+
+Different from an export, which converts to the base checkpoint's dtype: here training goes on.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from peft import PeftModel, get_peft_model_state_dict
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from eft.core.errors import CheckpointError
+from eft.runtime.tensors import copy_exactly, read_tensors, same_bits, save_tensors
+
+MODEL_FILE = "model.safetensors"
+ADAPTER_FILE = "adapter_model.safetensors"
+BASE_FILE = "trained_base.safetensors"
+"""Weights of the base model that are trained beside an adapter, outside its own modules; usually not there."""
+
+
+def save_weights(folder: Path, model: nn.Module) -> None:
+    """Write what the base model alone does not give back: an adapter with its whole modules, else all weights.
+
+    `adapter_model.safetensors` + `adapter_config.json` for a PeftModel; `model.safetensors` + `config.json` otherwise,
+    named as in the module, tied weights once. `model` is the unwrapped model (no DDP).
+
+    Raises:
+        CheckpointError: a file read back differs from the live weights.
+    """
+    for name, tensors in live_weights(model).items():
+        save_tensors(folder / name, tensors)
+    if isinstance(model, PeftModel):
+        model.peft_config[model.active_adapter].save_pretrained(str(folder))
+    else:
+        config = getattr(model, "config", None)  # a plain module has none
+        if isinstance(config, PretrainedConfig):
+            config.save_pretrained(str(folder))
+
+
+def load_weights(folder: Path, model: nn.Module) -> None:
+    """Copy the weights of `save_weights` into the live `model`, in place, and check that they arrived.
+
+    Raises:
+        CheckpointError: file missing, names, shapes or dtypes that do not fit.
+    """
+    for name, live in live_weights(model).items():
+        path = folder / name
+        if not path.exists():
+            held = [other for other in (MODEL_FILE, ADAPTER_FILE) if (folder / other).exists()]
+            raise CheckpointError(f"{path}: missing" + (f"; the folder holds {held[0]}." if held else "."))
+        saved = read_tensors(path)
+        copy_exactly(path, saved, live)
+        for tensor, value in live_weights(model)[name].items():
+            assert same_bits(value, saved[tensor]), f"{tensor} was loaded into a copy instead of the live model"
+
+
+def live_weights(model: nn.Module) -> dict[str, dict[str, Tensor]]:
+    """File name to tensors (sharing memory with the model) of what a checkpoint stores."""
+    if isinstance(model, PeftModel):
+        return _adapter_weights(model)
+    tensors: dict[str, Tensor] = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    persistent = model.state_dict(keep_vars=True)
+    tensors.update({name: buffer.detach() for name, buffer in model.named_buffers() if name in persistent})
+    return {MODEL_FILE: tensors}
+
+
+def _adapter_weights(model: PeftModel) -> dict[str, dict[str, Tensor]]:
+    # With its default, this asks the hub whether the vocabulary grew; trained embeddings are in the result anyway.
+    adapter = get_peft_model_state_dict(model, adapter_name=model.active_adapter, save_embedding_layers=False)
+    covered = {tensor.data_ptr() for tensor in adapter.values()}
+    base = {
+        name: parameter.detach()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and parameter.data_ptr() not in covered
+    }
+    return {ADAPTER_FILE: dict(adapter), **({BASE_FILE: base} if base else {})}

@@ -1,0 +1,77 @@
+"""CheckpointSaveMixin: checkpoints that are wholly there or not there, without pickles (D17)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from eft.core.atomic import write_json
+from eft.core.errors import CheckpointError
+from eft.trainer.hooks import TrainerHooks
+
+SCHEDULER_FILE = "scheduler.json"
+PROGRESS_FILE = "progress.json"
+STATE_FILE = "trainer_state.json"
+
+
+class CheckpointSaveMixin(TrainerHooks):
+    """Owns the whole of saving and loading; upstream's writes in place and restarts silently when a part is missing."""
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+        """Write `checkpoint-<step>` atomically: weights, optimizer, schedule, generators, progress, trainer state."""
+        step = int(self.state.global_step)
+        self.store_flos()
+        if self.state.best_global_step:
+            self.state.best_model_checkpoint = str(self.parts.checkpoint.path(self.state.best_global_step))
+        if self.args.should_save:
+            extra = {"resumable": not self.args.save_only_model, "config": self.parts.fingerprint}
+            checkpoint = self.parts.checkpoint.write(step, self.state.best_global_step, extra)
+            with self.parts.meter.paused(), checkpoint as folder:
+                if folder is not None:
+                    self._fill_checkpoint(folder)
+        self.accelerator.wait_for_everyone()
+
+    def _fill_checkpoint(self, folder: Path) -> None:
+        self.parts.checkpoint.save_weights(folder, self.model)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        if not self.args.save_only_model:
+            self._save_optimizer_and_scheduler(str(folder))
+            self._save_rng_state(str(folder))
+        write_json(folder / PROGRESS_FILE, self.progress_state())
+        self.state.stateful_callbacks = self.callback_states()
+        self.state.save_to_json(str(folder / STATE_FILE))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Optimizer tensors as safetensors, scalars and schedule as JSON."""
+        folder = Path(output_dir)
+        self.parts.checkpoint.save_optimizer(folder, self.model, self.plain_optimizer())
+        write_json(folder / SCHEDULER_FILE, self.lr_scheduler.state_dict())
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Put the checkpoint's weights, bit for bit, into the live model."""
+        self.parts.checkpoint.load_weights(Path(resume_from_checkpoint), self.model if model is None else model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Restore both, or raise: a missing part never means a fresh start."""
+        if checkpoint is None:
+            return
+        folder = Path(checkpoint)
+        if not (folder / SCHEDULER_FILE).is_file():
+            raise CheckpointError(
+                f"{folder}: holds no optimizer state, so it cannot be resumed (was it written with `save_only_model`?). "
+                "To start a new run from these weights, set `base_model` to this folder."
+            )
+        self.parts.checkpoint.load_optimizer(folder, self.model, self.plain_optimizer())
+        self.lr_scheduler.load_state_dict(json.loads((folder / SCHEDULER_FILE).read_text()))
+
+    def _load_best_model(self) -> None:
+        """Put the best checkpoint's weights into the model at the end of the training."""
+        self.parts.checkpoint.load_weights(Path(self.state.best_model_checkpoint), self.model)
+
+    def plain_optimizer(self) -> Any:
+        """The optimizer itself, out of accelerate's wrapper."""
+        return self.optimizer.optimizer if hasattr(self.optimizer, "optimizer") else self.optimizer

@@ -1,0 +1,85 @@
+"""When to log, evaluate, save and stop: from the plan, not from Trainer's idea of an epoch (DESIGN D1, D13)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from eft.trainer.parts import FlowRules, PlanLike
+
+
+def marks(every: float | None, per_epoch: int | None, epoch_ends: list[int], total_steps: int) -> frozenset[int]:
+    """The steps at which something periodic happens.
+
+    `every` ≥ 1 is a number of steps, below 1 a share of all steps; `per_epoch` splits every epoch evenly, its last mark
+    being the epoch's last step. Both None: never.
+    """
+    if every is not None:
+        interval = int(every) if every >= 1 else math.ceil(every * total_steps)
+        return frozenset(range(interval, total_steps + 1, interval))
+    if per_epoch is None:
+        return frozenset()
+    result = set()
+    for start, end in zip([0, *epoch_ends], epoch_ends, strict=False):
+        for part in range(1, per_epoch + 1):
+            result.add(start + math.ceil((end - start) * part / per_epoch))
+    result.discard(0)
+    return frozenset(result)
+
+
+@dataclass(frozen=True)
+class Flow:
+    """The steps at which the run logs, evaluates and saves, and where it ends."""
+
+    logging_steps: int
+    evaluate_at: frozenset[int]
+    save_at: frozenset[int]
+    total_steps: int
+
+
+def make_flow(rules: FlowRules, epoch_ends: list[int], total_steps: int, has_eval: bool) -> Flow:
+    """Turn the rules into steps. The end of the run is always evaluated and saved when there is a strategy for it."""
+    ends = [step for step in epoch_ends if step <= total_steps]
+    if not ends or ends[-1] != total_steps:
+        ends = [*ends, total_steps]
+    evaluate_at = marks(rules.eval_every, rules.evals_per_epoch, ends, total_steps) if has_eval else frozenset()
+    if evaluate_at:
+        evaluate_at |= {total_steps}
+    save_at = marks(rules.save_every, rules.saves_per_epoch, ends, total_steps)
+    if rules.save_first_step:
+        save_at |= {1}
+    if rules.save_at_end:
+        save_at |= {total_steps}
+    if rules.save_on_evaluation:
+        save_at |= evaluate_at
+    return Flow(rules.logging_steps, evaluate_at, save_at, total_steps)
+
+
+class FlowCallback(TrainerCallback):
+    """Replaces Trainer's DefaultFlowCallback. Also keeps `state.epoch` right, which Trainer restarts on resume."""
+
+    def __init__(self) -> None:
+        self.plan: PlanLike | None = None
+        self.flow: Flow | None = None
+
+    def follow(self, plan: PlanLike, flow: Flow) -> None:
+        """Use this plan from now on (a new one is made by every `train()`)."""
+        self.plan, self.flow = plan, flow
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Set what is due after this optimizer step."""
+        assert self.plan is not None
+        assert self.flow is not None
+        step = state.global_step
+        state.epoch = self.plan.epoch_at(step)
+        last = step >= self.flow.total_steps
+        control.should_log |= last or step == 1 or step % self.flow.logging_steps == 0
+        control.should_evaluate |= step in self.flow.evaluate_at
+        control.should_save |= step in self.flow.save_at
+        control.should_training_stop |= last
+        return control

@@ -1,0 +1,51 @@
+"""What the mixins share: the typed base, and which class owns which hook of `transformers.Trainer`.
+
+A mixin is a thin adapter from its own Trainer hooks to a component that has never heard of Trainer. It reads
+`self.parts.<its own>`, defines no `__init__`, and imports no other mixin. One owner per hook, so that no mixin can
+shadow another (tests/architecture).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+    from eft.trainer.parts import TrainerParts
+
+    class TrainerHooks(Trainer):
+        """What a mixin may use of the trainer it is mixed into."""
+
+        parts: TrainerParts
+
+else:
+
+    class TrainerHooks:
+        """At run time a plain object: `transformers.Trainer` comes last in the trainer's bases."""
+
+
+HOOK_OWNERS: dict[str, tuple[str, ...]] = {
+    "PackingMixin": ("get_train_dataloader", "get_eval_dataloader"),
+    "SchedulerMixin": ("create_scheduler",),
+    "OptimizerMixin": ("create_optimizer",),
+    "RngLoaderMixin": ("_save_rng_state", "_load_rng_state"),
+    "CheckpointSaveMixin": (
+        "_save_checkpoint",
+        "_save_optimizer_and_scheduler",
+        "_load_from_checkpoint",
+        "_load_optimizer_and_scheduler",
+        "_load_best_model",
+    ),
+    "ActivationOffloadingMixin": ("compute_loss_context_manager",),
+    "DistributedParallelMixin": ("_build_accelerator_args", "_save"),
+    "EftTrainer": (
+        "train",
+        "compute_loss",
+        "_get_num_items_in_batch",
+        "evaluation_loop",
+        "log",
+        "floating_point_ops",
+        "_run_epoch",
+    ),
+}

@@ -1,0 +1,25 @@
+"""DistributedParallelMixin: what the parallel plan adds to the Accelerator, and full weights for every save."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from eft.trainer.hooks import TrainerHooks
+
+
+class DistributedParallelMixin(TrainerHooks):
+    """One process and DDP today; sharded engines come in through the same two hooks."""
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        """Upstream's arguments, overridden by the parallel plan's."""
+        # Called from `Trainer.__init__`, after `EftTrainer.__init__` has set `parts`.
+        arguments: dict[str, Any] = super()._build_accelerator_args(**kwargs)
+        return {**arguments, **self.parts.parallel}
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """`save_model`: gather the weights first where no single rank holds them all."""
+        if state_dict is None and self.parts.state_dict is not None:
+            state_dict = self.parts.state_dict(self.model)
+        super()._save(output_dir, state_dict)

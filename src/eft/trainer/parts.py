@@ -1,0 +1,121 @@
+"""The components that the trainer is assembled from. None of them knows Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
+
+
+class PlanLike(Protocol):
+    """What the trainer asks of a plan (`data.plan.Plan`)."""
+
+    total_steps: int
+    plan_steps: int
+    fingerprint: str
+    epoch_ends: list[int]
+
+    def epoch_at(self, step: int) -> float: ...
+
+    def summary(self) -> dict[str, Any]: ...
+
+
+class Batches(Protocol):
+    """Plans and loaders (`data.batches.BatchSource`)."""
+
+    def make_plan(self, dataset: Any, total_num_steps: int | None) -> PlanLike: ...
+
+    def train_loader(self, plan: PlanLike, cursor: Callable[[], int]) -> DataLoader[Any]: ...
+
+    def eval_loader(self, dataset: Any) -> DataLoader[Any]: ...
+
+
+class Forward(Protocol):
+    """Batch to logits of the trained positions (`models.forward.TrainedLogits`)."""
+
+    def __call__(self, model: nn.Module, batch: dict[str, Any]) -> Tensor: ...
+
+
+class Offloading(Protocol):
+    """Context that keeps saved activations elsewhere (`runtime.offload.activation_offloading`)."""
+
+    def __call__(self, *, parameters: Iterable[Tensor]) -> AbstractContextManager[Any]: ...
+
+
+class Checkpoints(Protocol):
+    """Atomic checkpoint folders with their weights and optimizer state."""
+
+    def write(self, step: int, best_step: int | None, extra: dict[str, Any]) -> AbstractContextManager[Path | None]: ...
+
+    def save_weights(self, folder: Path, model: nn.Module) -> None: ...
+
+    def load_weights(self, folder: Path, model: nn.Module) -> None: ...
+
+    def save_optimizer(self, folder: Path, model: nn.Module, optimizer: Optimizer) -> None: ...
+
+    def load_optimizer(self, folder: Path, model: nn.Module, optimizer: Optimizer) -> None: ...
+
+    def path(self, step: int) -> Path: ...
+
+
+class Meter(Protocol):
+    """Token counts and their rate (`runtime.metrics.Throughput`)."""
+
+    def count(self, tokens: int, trained: int) -> None: ...
+
+    def rates(self) -> dict[str, float]: ...
+
+    def paused(self) -> AbstractContextManager[None]: ...
+
+    def state(self) -> dict[str, float]: ...
+
+    def restore(self, state: dict[str, float]) -> None: ...
+
+
+@dataclass(frozen=True)
+class FlowRules:
+    """When to log, evaluate and save. Steps counts below 1 are shares of all steps, per-epoch counts come from the plan."""
+
+    logging_steps: int
+    eval_every: float | None
+    evals_per_epoch: int | None
+    save_every: float | None
+    saves_per_epoch: int | None
+    save_first_step: bool
+    save_at_end: bool
+    save_on_evaluation: bool
+
+
+@dataclass
+class TrainerParts:
+    """Everything the trainer is made of. Built by `builder.HFCausalTrainerBuilder`."""
+
+    packing: Batches
+    forward: Forward
+    loss: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    """(logits [K, V], targets int64 [K], weights fp32 [K] or None) to Σ weight · NLL, fp32 scalar."""
+    scheduler: Callable[[Optimizer, int], LRScheduler]
+    """(optimizer, total optimizer steps) to the learning-rate schedule."""
+    optimizer: Callable[[nn.Module], Optimizer]
+    evaluation_weights: Callable[[Optimizer | None], AbstractContextManager[None]]
+    """Inside it the model holds the weights that are evaluated and exported (D12)."""
+    save_rng: Callable[[Path], Any]
+    load_rng: Callable[[Path], Any]
+    checkpoint: Checkpoints
+    offloading: Offloading
+    meter: Meter
+    flow: FlowRules
+    seed: int
+    fingerprint: str
+    """Of the part of the config that a resumed run must agree with."""
+    parallel: dict[str, Any] = field(default_factory=dict)
+    """Arguments that the parallel plan adds to the Accelerator."""
+    state_dict: Callable[[nn.Module], dict[str, Tensor]] | None = None
+    """Gathers the full weights where they are sharded; None where `save_pretrained` sees them all."""

@@ -1,0 +1,47 @@
+"""The loss of the whole run, also across resumes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from eft.core.errors import CheckpointError
+from eft.trainer.parts import PlanLike
+
+
+class Progress:
+    """Σ loss over the optimizer steps that were logged so far. Upstream keeps only the resumed call's."""
+
+    def __init__(self, loss_sum: float = 0.0, steps: int = 0) -> None:
+        self.loss_sum = loss_sum
+        self.steps = steps
+
+    def add(self, loss_sum: float, step: int) -> None:
+        """Add the summed loss of the steps up to `step`."""
+        self.loss_sum += loss_sum
+        self.steps = step
+
+    def mean_loss(self, steps: int) -> float:
+        """Mean loss per optimizer step over `steps` steps; NaN before the first."""
+        return self.loss_sum / steps if steps else float("nan")
+
+    def state(self) -> dict[str, float]:
+        """What `from_state` needs."""
+        return {"loss_sum": self.loss_sum, "steps": self.steps}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> Progress:
+        """The sums as they were at the checkpoint."""
+        return cls(state["loss_sum"], state["steps"])
+
+
+def load_progress(checkpoint: str, name: str, plan: PlanLike | None) -> dict[str, Any]:
+    """Read a checkpoint's progress; raises CheckpointError when it followed another plan."""
+    saved: dict[str, Any] = json.loads(Path(checkpoint, name).read_text())
+    if plan is not None and saved["plan"] != plan.fingerprint:
+        raise CheckpointError(
+            f"{checkpoint}: was trained on another plan (data, packing, global batch or seed differ), so continuing here "
+            "would repeat and omit samples. Resume with the original settings, or start a new run from its weights."
+        )
+    return saved

@@ -1,0 +1,238 @@
+"""EftTrainer: the seven mixins over transformers' Trainer, and the hooks that are no mixin's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, set_seed
+from transformers.trainer_callback import DefaultFlowCallback, ExportableState, PrinterCallback
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+
+from eft.trainer.checkpoint import PROGRESS_FILE, CheckpointSaveMixin
+from eft.trainer.flow import Flow, FlowCallback, make_flow
+from eft.trainer.offloading import ActivationOffloadingMixin
+from eft.trainer.optimizer import OptimizerMixin
+from eft.trainer.packing import PackingMixin
+from eft.trainer.parallel import DistributedParallelMixin
+from eft.trainer.parts import PlanLike, TrainerParts
+from eft.trainer.progress import Progress, load_progress
+from eft.trainer.rng import RngLoaderMixin
+from eft.trainer.scheduler import SchedulerMixin
+
+
+class EftTrainer(
+    PackingMixin,
+    SchedulerMixin,
+    OptimizerMixin,
+    RngLoaderMixin,
+    CheckpointSaveMixin,
+    ActivationOffloadingMixin,
+    DistributedParallelMixin,
+    Trainer,
+):
+    """Trains on exactly the batches of a plan, with a loss over trainable tokens that the trainer owns.
+
+    `train_dataset` and `eval_dataset` may be assigned after construction: the plan is made when `train()` starts.
+    """
+
+    # `compute_loss` divides by the global Σ weight of the step, so Trainer must not divide by the accumulation again.
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, parts: TrainerParts, *, total_num_steps: int | None = None, **kwargs: Any) -> None:
+        """
+        Args:
+            parts: the components.
+            total_num_steps: optimizer steps that the caller asked for; None: what the plan gives (D8).
+            kwargs: what `transformers.Trainer` takes; `args` must come from `training_args.build_training_arguments`.
+        """
+        self.parts = parts
+        self.total_num_steps = total_num_steps
+        self.plan: PlanLike | None = None
+        self.last_rates: dict[str, float] = {}
+        self.flow_callback = FlowCallback()
+        super().__init__(**kwargs)
+        self.remove_callback(DefaultFlowCallback)
+        self.remove_callback(PrinterCallback)
+        # First, so that every other callback sees what is due at this step.
+        self.callback_handler.callbacks.insert(0, self.flow_callback)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+        """Plan the assigned data and train on them.
+
+        Returns:
+            TrainOutput with the global step, the mean loss over ALL steps of the run, also those before a resume, and
+            the metrics.
+        """
+        self.make_plan()
+        # Dropout must not depend on what drew from the generators since the trainer was built.
+        set_seed(self.parts.seed)
+        self.parts.meter.restore({"tokens": 0, "trained_tokens": 0, "seconds": 0.0})
+        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        # `_tr_loss` holds what an early exit left unlogged.
+        self.progress.add(float(self._tr_loss), output.global_step)
+        mean = self.progress.mean_loss(output.global_step)
+        return TrainOutput(output.global_step, mean, {**output.metrics, "train_loss": mean})
+
+    def make_plan(self) -> PlanLike:
+        """The plan for what is assigned to `train_dataset` now; made anew when that has changed."""
+        plan = self.parts.packing.make_plan(self.train_dataset, self.total_num_steps)
+        self.args.max_steps = plan.total_steps
+        has_eval = self.eval_dataset is not None and len(self.eval_dataset) > 0
+        self.flow_callback.follow(plan, make_flow(self.parts.flow, plan.epoch_ends, plan.total_steps, has_eval))
+        self.plan = plan
+        self.progress = Progress()
+        return plan
+
+    @property
+    def flow(self) -> Flow:
+        """When this run logs, evaluates and saves; known once the plan is made."""
+        assert self.flow_callback.flow is not None
+        return self.flow_callback.flow
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | float | None = None,
+    ) -> Any:
+        """Σ weight · NLL of this micro-batch ÷ Σ weight of the whole global batch (E2), fp32 scalar.
+
+        Times the number of ranks, because data-parallel engines average gradients over them.
+        """
+        logits, loss_sum = self._loss_sum(model, inputs)
+        assert num_items_in_batch is not None, "every batch of ours carries the step's weight"
+        self.parts.meter.count(inputs["num_tokens"], inputs["num_trained"])
+        # A step of data from elsewhere may train nothing at all: its loss is a connected zero.
+        loss = loss_sum * (self.args.world_size / num_items_in_batch if num_items_in_batch else 0.0)
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+    def _loss_sum(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Logits [K, vocab] of the K trained positions and Σ weight · NLL over them."""
+        logits = self.parts.forward(model, inputs)
+        positions = inputs["trained_positions"]
+        targets = inputs["shift_labels"].reshape(-1)[positions]
+        weights = inputs["loss_weights"].reshape(-1)[positions] if "loss_weights" in inputs else None
+        return logits, self.parts.loss(logits, targets, weights)
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> float | None:
+        """The step's Σ weight over all ranks, which the plan knows: no gather, no device sync (D4)."""
+        return batch_samples[0]["step_weight"] if batch_samples else None
+
+    def _run_epoch(
+        self,
+        model: nn.Module,
+        epoch: int,
+        train_dataloader: DataLoader[Any],
+        steps_in_epoch: int,
+        num_update_steps_per_epoch: int,
+        trial: Any,
+        ignore_keys_for_eval: list[str] | None,
+        start_time: float,
+        resume_from_checkpoint: str | None,
+        epochs_trained: int,
+        steps_trained_in_current_epoch: int,
+    ) -> None:
+        """Upstream's loop over our one loader, after restoring what upstream forgets on resume."""
+        if resume_from_checkpoint is not None:
+            self._restore_progress(resume_from_checkpoint)
+        super()._run_epoch(
+            model=model,
+            epoch=epoch,
+            train_dataloader=train_dataloader,
+            steps_in_epoch=steps_in_epoch,
+            num_update_steps_per_epoch=num_update_steps_per_epoch,
+            trial=trial,
+            ignore_keys_for_eval=ignore_keys_for_eval,
+            start_time=start_time,
+            resume_from_checkpoint=resume_from_checkpoint,
+            epochs_trained=epochs_trained,
+            steps_trained_in_current_epoch=steps_trained_in_current_epoch,
+        )
+
+    def progress_state(self) -> dict[str, Any]:
+        """What a resumed run needs to log the same numbers: loss sums, the open logging window, token counts."""
+        window_loss = float(self._tr_loss)
+        return {
+            **self.progress.state(),
+            "window_loss": window_loss,
+            "window_start": self._globalstep_last_logged,
+            "meter": self.parts.meter.state(),
+            "plan": self.plan.fingerprint if self.plan is not None else "",
+        }
+
+    def _restore_progress(self, checkpoint: str) -> None:
+        saved = load_progress(checkpoint, PROGRESS_FILE, self.plan)
+        self.progress = Progress.from_state(saved)
+        self._tr_loss += saved["window_loss"]
+        self._globalstep_last_logged = saved["window_start"]
+        self.parts.meter.restore(saved["meter"])
+        for callback in self._stateful_callbacks():
+            stored = self.state.stateful_callbacks.get(type(callback).__name__)
+            if isinstance(stored, dict):
+                for name, value in stored["attributes"].items():
+                    setattr(callback, name, value)
+
+    def callback_states(self) -> dict[str, Any]:
+        """State of every callback that has one, by class name."""
+        return {type(callback).__name__: callback.state() for callback in [*self._stateful_callbacks(), self.control]}
+
+    def _stateful_callbacks(self) -> Iterator[Any]:
+        return (callback for callback in self.callback_handler.callbacks if isinstance(callback, ExportableState))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add token rates to a training row, keep the loss of the whole run, pass on to the callbacks."""
+        if "loss" in logs:
+            steps = self.state.global_step - self.progress.steps
+            self.progress.add(logs["loss"] * steps, self.state.global_step)
+            logs.update(self.parts.meter.rates())
+        super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """6 · tokens · parameters (Kaplan et al. 2020); the parameters are counted once, not per micro-batch."""
+        if not hasattr(self, "_flops_per_token"):
+            self._flops_per_token = 6 * int(self.model.num_parameters(exclude_embeddings=True))
+        return int(inputs["num_tokens"]) * self._flops_per_token
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Σ weight · NLL ÷ Σ weight over the whole split (D13); no logits kept, no training generator touched."""
+        model = self._evaluation_model()
+        device = self.args.device
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        weight = 0.0
+        with self.parts.meter.paused(), self.parts.evaluation_weights(self._evaluated_optimizer()):
+            for batch in dataloader:
+                inputs = self._prepare_inputs(batch)
+                with torch.no_grad():
+                    _, loss_sum = self._loss_sum(model, inputs)
+                total += loss_sum
+                weight = inputs["step_weight"]  # of the whole split, the same in every batch
+                self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        nll = float(self.accelerator.reduce(total, reduction="sum"))
+        loss = nll / weight if weight > 0 else math.nan
+        metrics = {f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_ppl": math.exp(min(loss, 700.0))}
+        return EvalLoopOutput(
+            predictions=None, label_ids=None, metrics=metrics, num_samples=self.num_examples(dataloader)
+        )
+
+    def _evaluation_model(self) -> nn.Module:
+        """The wrapped model in evaluation mode, prepared for autocast also where nothing was trained yet."""
+        model: nn.Module = self._wrap_model(self.model, training=False)
+        if not self.accelerator._models and model is self.model:
+            model = self.accelerator.prepare_model(model, evaluation_mode=True)
+        return model.eval()
+
+    def _evaluated_optimizer(self) -> Any:
+        return None if self.optimizer is None else self.plain_optimizer()

@@ -1,0 +1,93 @@
+"""From config to `transformers.TrainingArguments`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from eft.config.root import TrainConfig
+
+MAX_INTERVAL = 10**9
+"""Interval given to upstream for what our flow decides: never reached by its own counting."""
+
+
+def build_training_arguments(
+    config: TrainConfig,
+    *,
+    accumulation: int,
+    compute_dtype: torch.dtype,
+    device_type: str,
+    max_steps: int | None,
+    has_eval: bool,
+) -> TrainingArguments:
+    """What Trainer needs to know. What eft does itself (plan, flow, saving, loss) is switched off upstream.
+
+    Args:
+        accumulation: micro-batches per optimizer step and rank.
+        compute_dtype: dtype of autocast; fp32 means none.
+        device_type: `cpu` or `cuda`.
+        max_steps: optimizer steps if known; the plan sets the number that is executed when `train()` starts.
+        has_eval: whether there are or may come held-out data.
+    """
+    evaluate = has_eval and config.eval_strategy != "no"
+    return TrainingArguments(
+        output_dir=config.output_dir,
+        per_device_train_batch_size=config.micro_batch_size,
+        per_device_eval_batch_size=config.eval_batch_size or config.micro_batch_size,
+        gradient_accumulation_steps=accumulation,
+        num_train_epochs=config.num_epochs,
+        max_steps=max_steps or -1,
+        learning_rate=config.learning_rate,
+        max_grad_norm=config.max_grad_norm,
+        bf16=compute_dtype == torch.bfloat16,
+        fp16=compute_dtype == torch.float16,
+        tf32=config.tf32 if device_type == "cuda" else None,
+        use_cpu=device_type == "cpu",
+        full_determinism=config.deterministic,
+        seed=config.seed,
+        # The plan's loader is sized for the whole run and starts at the cursor (D1).
+        ignore_data_skip=True,
+        remove_unused_columns=False,
+        dataloader_num_workers=config.dataloader_num_workers,
+        dataloader_pin_memory=config.dataloader_pin_memory and device_type == "cuda",
+        # Upstream's filter reads the loss back on every micro-batch, and hides NaN.
+        logging_nan_inf_filter=False,
+        logging_steps=config.logging_steps,
+        eval_strategy="steps" if evaluate else "no",
+        eval_steps=MAX_INTERVAL if evaluate else None,
+        save_strategy="no" if config.save_strategy == "no" else "steps",
+        save_steps=MAX_INTERVAL,
+        save_total_limit=None,
+        save_only_model=config.save_only_model,
+        load_best_model_at_end=config.load_best_model_at_end,
+        metric_for_best_model=config.metric_for_best_model if evaluate else None,
+        greater_is_better=config.greater_is_better,
+        eval_on_start=config.eval_on_start and evaluate,
+        disable_tqdm=True,
+        report_to=_reporters(config),
+        run_name=config.wandb_name or config.mlflow_run_name or config.trackio_run_name,
+        ddp_timeout=config.ddp_timeout,
+        ddp_find_unused_parameters=config.ddp_find_unused_parameters,
+        ddp_bucket_cap_mb=config.ddp_bucket_cap_mb,
+        **_checkpointing(config),
+    )
+
+
+def _reporters(config: TrainConfig) -> list[str]:
+    wanted = {
+        "tensorboard": config.use_tensorboard,
+        "wandb": config.use_wandb,
+        "mlflow": config.use_mlflow,
+        "trackio": config.use_trackio,
+    }
+    return [name for name, on in wanted.items() if on] or ["none"]
+
+
+def _checkpointing(config: TrainConfig) -> dict[str, Any]:
+    if not config.gradient_checkpointing:
+        return {}
+    # Non-reentrant: the reentrant kind cuts gradients where the input of a block needs none (frozen embeddings).
+    options = {"use_reentrant": False, **(config.gradient_checkpointing_kwargs or {})}
+    return {"activation_checkpointing": True, "activation_checkpointing_kwargs": options}

@@ -1,0 +1,184 @@
+"""Contradictions between keys: one test per rule, each seen to pass without and to fail with the contradiction."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from eft.config.load import config_from_mapping
+from eft.config.root import TrainConfig
+from eft.config.rules import DATASET_RULES, RULES, rule_problems
+from eft.core.errors import ConfigError
+
+MAPPING: dict[str, Any] = {"base_model": "tiny", "learning_rate": 2e-5, "datasets": [{"path": "rows.jsonl"}]}
+HELD_OUT = {"val_set_size": 0.1}
+
+# Rule, keys that break it, the key the message is about, and keys that are right in its place.
+CASES: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
+    ("one_source_of_held_out_data", {"val_set_size": 0.1, "test_datasets": [{"path": "x"}]}, "val_set_size", HELD_OUT),
+    ("held_out_rows_are_whole", {"val_set_size": 1.5}, "val_set_size", {"val_set_size": 2}),
+    (
+        "template_text_needs_jinja",
+        {"chat_template_jinja": "x"},
+        "chat_template_jinja",
+        {"chat_template": "jinja", "chat_template_jinja": "x"},
+    ),
+    ("jinja_needs_template_text", {"chat_template": "jinja"}, "chat_template", {"chat_template": "chatml"}),
+    ("template_is_known", {"chat_template": "llama3"}, "chat_template", {"chat_template": "./own.jinja"}),
+    ("shortest_below_longest", {"min_sample_len": 513}, "min_sample_len", {"min_sample_len": 512}),
+    ("one_half_precision", {"bf16": True, "fp16": True}, "fp16", {"bf16": False, "fp16": True}),
+    (
+        "global_batch_divides",
+        {"global_batch_size": 10, "micro_batch_size": 4},
+        "global_batch_size",
+        {"global_batch_size": 12, "micro_batch_size": 4},
+    ),
+    (
+        "adapter_or_freezing",
+        {"adapter": "lora", "lora_target_linear": True, "train_top_layers": 2},
+        "train_top_layers",
+        {"train_top_layers": 2},
+    ),
+    (
+        "one_freezing_key",
+        {"train_top_layers": 2, "unfrozen_parameters": ["x"]},
+        "train_top_layers",
+        {"unfrozen_parameters": ["x"]},
+    ),
+    ("adapter_needs_targets", {"adapter": "lora"}, "adapter", {"adapter": "lora", "lora_target_modules": ["q_proj"]}),
+    (
+        "unfrozen_parameters_are_patterns",
+        {"unfrozen_parameters": ["lm_head.weight[:32000]"]},
+        "unfrozen_parameters",
+        {"unfrozen_parameters": [r"layers\.[01]\."]},
+    ),
+    ("unfrozen_parameters_are_patterns", {"unfrozen_parameters": ["("]}, "unfrozen_parameters", {}),
+    (
+        "special_tokens_are_roles",
+        {"special_tokens": {"pad": "x"}},
+        "special_tokens",
+        {"special_tokens": {"pad_token": "x"}},
+    ),
+    ("one_warmup_key", {"warmup_steps": 1, "warmup_ratio": 0.1}, "warmup_ratio", {"warmup_steps": 1}),
+    ("one_save_interval", {"save_steps": 5, "saves_per_epoch": 2}, "saves_per_epoch", {"save_steps": 5}),
+    ("save_interval_fits_strategy", {"save_strategy": "steps"}, "save_strategy", {"save_strategy": "epoch"}),
+    (
+        "save_interval_fits_strategy",
+        {"save_strategy": "no", "saves_per_epoch": 2},
+        "saves_per_epoch",
+        {"save_strategy": "steps", "saves_per_epoch": 2},
+    ),
+    ("save_steps_are_whole", {"save_steps": 2.5}, "save_steps", {"save_steps": 0.5}),
+    (
+        "best_model_needs_checkpoints",
+        {**HELD_OUT, "load_best_model_at_end": True, "save_strategy": "no"},
+        "load_best_model_at_end",
+        {**HELD_OUT, "load_best_model_at_end": True},
+    ),
+    (
+        "one_eval_interval",
+        {**HELD_OUT, "eval_steps": 5, "evals_per_epoch": 2},
+        "evals_per_epoch",
+        {**HELD_OUT, "eval_steps": 5},
+    ),
+    (
+        "eval_interval_fits_strategy",
+        {**HELD_OUT, "eval_strategy": "epoch", "eval_steps": 5},
+        "eval_steps",
+        {**HELD_OUT, "eval_strategy": "epoch"},
+    ),
+    ("eval_steps_are_whole", {**HELD_OUT, "eval_steps": 2.5}, "eval_steps", {**HELD_OUT, "eval_steps": 0.25}),
+    ("evaluation_needs_data", {"early_stopping_patience": 2}, "early_stopping_patience", {"eval_strategy": "no"}),
+    ("evaluation_needs_data", {"load_best_model_at_end": True}, "load_best_model_at_end", {}),
+    ("evaluation_needs_data", {"generate_samples": True}, "generate_samples", {**HELD_OUT, "generate_samples": True}),
+    ("evaluation_needs_data", {"evals_per_epoch": 2}, "evals_per_epoch", {**HELD_OUT, "evals_per_epoch": 2}),
+    (
+        "evaluation_is_not_off",
+        {**HELD_OUT, "eval_strategy": "no", "early_stopping_patience": 2},
+        "early_stopping_patience",
+        {**HELD_OUT, "early_stopping_patience": 2},
+    ),
+    (
+        "a_loss_gets_better_downwards",
+        {**HELD_OUT, "greater_is_better": True},
+        "greater_is_better",
+        {**HELD_OUT, "greater_is_better": True, "metric_for_best_model": "accuracy"},
+    ),
+    (
+        "format_is_known",
+        {"datasets": [{"path": "x", "type": "alpca"}]},
+        "type",
+        {"datasets": [{"path": "x", "type": "m.f:g"}]},
+    ),
+    (
+        "keys_fit_format",
+        {"datasets": [{"path": "x", "type": "completion", "field_messages": "y"}]},
+        "field_messages",
+        {"datasets": [{"path": "x", "type": "chat_template", "field_messages": "y"}]},
+    ),
+    (
+        "own_template_is_known",
+        {"datasets": [{"path": "x", "type": "chat_template", "chat_template": "llama3"}]},
+        "chat_template",
+        {"datasets": [{"path": "x", "type": "chat_template", "chat_template": "chatml"}]},
+    ),
+]
+
+
+@pytest.mark.parametrize(("rule", "wrong", "key", "right"), CASES, ids=[f"{case[0]}-{case[2]}" for case in CASES])
+def test_rule(rule: str, wrong: dict[str, Any], key: str, right: dict[str, Any]) -> None:
+    function = {rule.__name__: rule for rule in (*RULES, *DATASET_RULES)}[rule]
+    is_dataset_rule = function in DATASET_RULES
+    for keys, is_broken in ((wrong, True), (right, False)):
+        config = TrainConfig(**MAPPING | keys)
+        found = function(config.datasets[0] if is_dataset_rule else config)  # type: ignore[operator]
+        assert (found is not None) == is_broken
+        if found is not None:
+            assert found[0] == key
+    with pytest.raises(ConfigError, match=key):
+        config_from_mapping(MAPPING | wrong)
+    config_from_mapping(MAPPING | right)
+
+
+def test_every_rule_has_a_case() -> None:
+    assert {case[0] for case in CASES} == {rule.__name__ for rule in (*RULES, *DATASET_RULES)}
+
+
+def test_the_suggested_global_batch_size_is_valid() -> None:
+    with pytest.raises(ConfigError, match=r"= 12; 24 is$"):
+        config_from_mapping(
+            MAPPING | {"global_batch_size": 20, "micro_batch_size": 4, "gradient_accumulation_steps": 3}
+        )
+
+
+def _with_switch() -> list[tuple[str, str]]:
+    pairs = []
+    for name, info in TrainConfig.model_fields.items():
+        extra = info.json_schema_extra
+        if isinstance(extra, dict) and "used_when" in extra:
+            pairs.append((name, str(extra["used_when"])))
+    return pairs
+
+
+@pytest.mark.parametrize(("name", "switch"), _with_switch())
+def test_a_key_whose_switch_is_off_is_an_error(name: str, switch: str) -> None:
+    assert switch in TrainConfig.model_fields
+    values = {int: 7, float: 0.5, bool: True, str: "x"}
+    changed = None
+    for value in (*values.values(), ["x"], {"x": "y"}):
+        try:
+            changed = TrainConfig(**MAPPING | {name: value})
+        except ValueError:
+            continue
+        break
+    assert changed is not None
+    assert [text for path, text in rule_problems(changed) if path == (name,)] == [
+        f"`{name}`: not used because `{switch}` is not set; set `{switch}`, or remove `{name}`"
+    ]
+
+
+def test_rules_leave_no_read_marks() -> None:
+    config = config_from_mapping(MAPPING)
+    assert config.keys_read() == frozenset()
+    assert config.__dict__["datasets"][0].keys_read() == frozenset()

@@ -1,0 +1,124 @@
+"""Split, order and duplicates: every sample goes to exactly one place, the same one for the same seed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from eft.core.errors import ConfigError, DataError
+from eft.data.mixture import (
+    Mixture,
+    equal_to_any,
+    first_of_each,
+    held_out_count,
+    merged_order,
+    mix,
+    random_order,
+)
+from eft.data.sample_set import Digests
+
+
+def digests(values: list[int]) -> Digests:
+    # A trailing zero byte is what NumPy strips from S16: equal only where all 16 bytes are.
+    return np.array([value.to_bytes(16, "little") for value in values], dtype="S16")
+
+
+def mixed(ids: list[int], wholes: list[int] | None = None, **options: Any) -> Mixture:
+    given_options: dict[str, Any] = {"seed": 1, "shuffle": True, "deduplicate": False, "val_set_size": 0.0} | options
+    return mix(digests(ids), digests(ids if wholes is None else wholes), **given_options)
+
+
+@given(
+    ids=st.lists(st.integers(0, 12), min_size=1, max_size=30),
+    labels=st.lists(st.integers(0, 1), min_size=30, max_size=30),
+    test_ids=st.lists(st.integers(0, 20), max_size=4),
+    seed=st.integers(0, 2**32),
+    size=st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0, 3.0]),
+    deduplicate=st.booleans(),
+    shuffle=st.booleans(),
+)
+def test_every_sample_is_in_exactly_one_place(
+    ids: list[int], labels: list[int], test_ids: list[int], seed: int, size: float, deduplicate: bool, shuffle: bool
+) -> None:
+    wholes = [2 * value + label for value, label in zip(ids, labels, strict=False)]
+    options = {"seed": seed, "val_set_size": size, "deduplicate": deduplicate, "shuffle": shuffle}
+    tests = digests(test_ids) if test_ids else None
+    try:
+        mixture = mixed(ids, wholes, test_id_digests=tests, **options)
+    except DataError:
+        return
+    parts = (mixture.train, mixture.held_out, mixture.duplicates, mixture.held_out_duplicates)
+    assert sorted(np.concatenate(parts).tolist()) == list(range(len(ids)))
+    held_out_ids = {ids[index] for index in mixture.held_out} | set(test_ids)
+    assert not held_out_ids & {ids[index] for index in mixture.train}
+    assert all(ids[index] in held_out_ids for index in mixture.held_out_duplicates)
+    kept = [wholes[index] for part in (mixture.train, mixture.held_out, mixture.held_out_duplicates) for index in part]
+    if deduplicate:
+        assert len(set(kept)) == len(kept)
+        assert all(wholes[index] in wholes[:index] for index in mixture.duplicates)
+    else:
+        assert not len(mixture.duplicates)
+    if not shuffle:
+        assert mixture.train.tolist() == sorted(mixture.train.tolist())
+
+
+def test_seeds_and_streams() -> None:
+    ids = list(range(200))
+    first, again, other = (mixed(ids, val_set_size=0.1, seed=seed) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first.train, again.train)
+    np.testing.assert_array_equal(first.held_out, again.held_out)
+    assert set(first.held_out.tolist()) != set(other.held_out.tolist())
+    unshuffled = mixed(ids, val_set_size=0.1, shuffle=False)
+    np.testing.assert_array_equal(unshuffled.held_out, first.held_out)
+    assert not np.array_equal(random_order(50, 7, 1), random_order(50, 7, 2))
+
+
+def test_the_order_never_changes_between_versions() -> None:
+    # A change here would silently give every user another held-out set and another order on resume.
+    assert merged_order(10, 42, shuffle=True).tolist() == [2, 6, 0, 3, 4, 9, 7, 5, 8, 1]
+    assert merged_order(4, 42, shuffle=False).tolist() == [0, 1, 2, 3]
+
+
+def test_the_draw_is_uniform() -> None:
+    hits = np.zeros(10)
+    for seed in range(2000):
+        hits[random_order(10, seed, 1)[:3]] += 1
+    assert hits.min() > 520  # expected 600, standard deviation 20
+    assert hits.max() < 680
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "expected"),
+    [(100, 0.0, 0), (100, 0.05, 5), (100, 0.001, 1), (100, 1.0, 1), (100, 30.0, 30), (3, 0.5, 2), (100, 99.0, 99)],
+)
+def test_held_out_counts(count: int, size: float, expected: int) -> None:
+    assert held_out_count(count, size) == expected
+
+
+@pytest.mark.parametrize(("count", "size"), [(100, 100.0), (100, 500.0), (1, 0.1), (2, 0.9), (1, 1.0)])
+def test_nothing_left_to_train_on(count: int, size: float) -> None:
+    with pytest.raises(DataError, match=f"val_set_size: {size:g} holds out .* of {count} samples"):
+        held_out_count(count, size)
+
+
+def test_half_rows_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"val_set_size: 20\.5"):
+        held_out_count(100, 20.5)
+
+
+def test_duplicates_of_the_held_out_rows_that_leave_nothing() -> None:
+    with pytest.raises(DataError, match=r"of 4 samples 0 are duplicates, 1 are held out and 3 equal a held-out one"):
+        mixed([5, 5, 5, 5], val_set_size=1.0)
+    with pytest.raises(DataError, match="nothing is left"):
+        mixed([5, 6], test_id_digests=digests([6, 5]))
+
+
+def test_masks() -> None:
+    values = digests([3, 1, 3, 256, 1])
+    assert first_of_each(values).tolist() == [True, True, False, True, False]
+    assert equal_to_any(values, digests([1, 0])).tolist() == [False, True, False, False, True]
+    assert equal_to_any(values, digests([])).tolist() == [False] * 5
