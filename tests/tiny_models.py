@@ -93,6 +93,12 @@ FAMILIES: dict[str, _Family] = {
             "moe_layers": [],
         },
     ),
+    "phimoe": _Family("phimoe", {**_DENSE, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "olmoe": _Family("olmoe", {**_DENSE, "num_experts": 4, "num_experts_per_tok": 2}),
+    # Does not hand its keyword arguments on to its attention.
+    "stablelm": _Family("stablelm", _DENSE),
+    # Computes a mask of its own from the values in each layer.
+    "doge": _Family("doge", {**_DENSE, "head_dim": 8}),
     # Families whose attention never asks transformers for a registered function.
     "falcon": _Family("falcon", {"num_attention_heads": 4, "alibi": False}),
     "bloom": _Family("bloom", {"n_head": 4}),

@@ -24,9 +24,9 @@ from eft.data.collators import Collator, PackedCollator, PaddedCollator
 from eft.loss.head import trainable_token_loss
 from eft.models.adapters import set_dtypes
 from eft.models.attention import BoundarySupport, install_attention, packing_support
-from eft.models.forward import TrainedLogits, keeps_positions
+from eft.models.forward import TrainedLogits
 from eft.models.load import describe_model
-from eft.models.probes import boundary_probe
+from eft.models.probes import boundary_probe, select_logits_kwargs
 from eft.optim.averaging import evaluation_weights
 from eft.optim.optimizers import build_optimizer
 from eft.optim.schedulers import build_scheduler
@@ -161,14 +161,14 @@ class HFCausalTrainerBuilder:
         ranks = {"rank": self.environment.rank, "world_size": self.environment.world_size}
         return TrainerParts(
             packing=self._batches(support, batch),
-            forward=TrainedLogits(support, keeps_positions(self.model)),
+            forward=TrainedLogits(support, select_logits_kwargs(self.model)),
             loss=trainable_token_loss,
             scheduler=partial(build_scheduler, config),
             optimizer=partial(build_optimizer, config),
             evaluation_weights=evaluation_weights,
             save_rng=partial(save_rng, **ranks),
             load_rng=partial(load_rng, **ranks),
-            checkpoint=CheckpointStore(Path(config.output_dir), save_total_limit=config.save_total_limit),
+            checkpoint=CheckpointStore(Path(config.output_dir), save_total_limit=config.save_total_limit or None),
             offloading=partial(activation_offloading, config.activation_offloading, self.environment.device),
             meter=Throughput(),
             flow=flow_rules(config),

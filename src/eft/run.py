@@ -81,6 +81,7 @@ def load_datasets(
         plan.total_steps,
         ledger=prepared.ledger,
         eval_conversations=prepared.eval_conversations,
+        eval_tools=prepared.eval_tools,
         cache_note=prepared.cache_note,
         keys_read=keys_read(config),
     )
@@ -347,7 +348,7 @@ def _schedule_promise(run: Run, executed: int) -> PromiseResult:
 def _summary(run: Run, result: Any, seconds: float) -> dict[str, Any]:
     rows = [row for row in run.trainer.state.log_history if "eval_loss" in row]
     parameters = list(run.model.parameters())
-    meter = run.trainer.parts.meter.state()
+    meter = run.trainer.totals
     return {
         "steps": result.global_step,
         "training_loss": result.training_loss,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,15 @@ from eft.core.errors import ConfigError, PromiseBroken
 
 MINIMAL = "base_model: tiny\nlearning_rate: 2e-5\ndatasets:\n  - path: rows.jsonl\n"
 HEAVY = ("torch", "transformers", "datasets", "peft", "accelerate", "pyarrow", "numba")
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_before() -> Iterator[None]:
+    """The command line sets up logging for its process, which here is pytest's."""
+    root, ours = logging.getLogger(), logging.getLogger("eft")
+    before = (root.handlers[:], root.level, ours.level)
+    yield
+    root.handlers[:], root.level, ours.level = before
 
 
 def run(*args: str) -> int:

@@ -261,6 +261,17 @@ def test_overrides_and_origins(tmp_path: Path) -> None:
     assert set(origins) >= set(TrainConfig.model_fields)
 
 
+def test_an_override_of_an_alias_or_of_what_an_alias_set(tmp_path: Path) -> None:
+    text = MINIMAL + "scheduler: linear\n"
+    assert load(tmp_path, text, "lr_scheduler=rex").config.lr_scheduler == "rex"
+    assert load(tmp_path, text, "scheduler=rex").config.lr_scheduler == "rex"
+
+
+def test_an_override_of_a_whole_list_leaves_no_old_lines(tmp_path: Path) -> None:
+    message = error_of(tmp_path, MINIMAL, "datasets=[{type: alpaca}]")
+    assert message.startswith("command line: `datasets[0].path` is missing")
+
+
 def test_an_override_back_to_null_is_the_default(tmp_path: Path) -> None:
     loaded = load(tmp_path, MINIMAL + "seed: 1\n", "seed=null")
     assert loaded.config.seed == 42
@@ -316,6 +327,16 @@ def test_dump_loads_to_an_equal_config(tmp_path: Path) -> None:
     assert load(tmp_path, dump_config(config)).config == config
 
 
+@pytest.mark.parametrize(
+    "word", ["true", "no", "On", "null", "~", "1e5", "0x10", "2026-01-01", ".nan", "=", "<<", "- x"]
+)
+def test_dump_keeps_words_that_yaml_would_take_for_something_else(tmp_path: Path, word: str) -> None:
+    config = TrainConfig(
+        **MAPPING | {"base_model": word, "resume_from_checkpoint": word, "optim_args": {word: word}, "tokens": [word]}
+    )
+    assert load(tmp_path, dump_config(config)).config == config
+
+
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
 @given(
     text=st.text(st.characters(exclude_categories=["Cs"]), min_size=1),
@@ -350,3 +371,4 @@ def test_show_lists_origins_and_only_what_is_set(tmp_path: Path) -> None:
     assert list(lines) == ["base_model", "datasets", "datasets[0].path", "seed", "learning_rate"]
     assert lines["seed"] == "command line"
     assert {line.key for line, _ in show_config(loaded)} >= set(TrainConfig.model_fields)
+    assert {origin for _, origin in show_config(LoadedConfig(loaded.config, {}))} == {""}

@@ -6,7 +6,7 @@ from typing import Any
 
 from eft.config.load import config_from_mapping
 from eft.config.root import TrainConfig
-from eft.config.usage import effective_keys, unused_keys, unused_message
+from eft.config.usage import effective_keys, keys_read, unused_keys, unused_message
 
 MAPPING: dict[str, Any] = {
     "base_model": "tiny",
@@ -52,6 +52,15 @@ def test_the_promise() -> None:
     assert (broken.promise, broken.status) == ("E8", "fail")
     assert "`datasets[1].roles_to_train`" in broken.detail
     assert effective_keys(config, read_before={"datasets[1].roles_to_train"}).status == "pass"
+
+
+def test_keys_read_from_another_copy() -> None:
+    config, copy = config_from_mapping(MAPPING), config_from_mapping(MAPPING)
+    read_as_a_component(copy)
+    assert effective_keys(config, read_before=keys_read(copy)).status == "fail"
+    assert unused_keys(config, read_before=keys_read(copy)) == ["datasets[1].roles_to_train"]
+    _ = copy.datasets[1].roles_to_train
+    assert effective_keys(config, read_before=keys_read(copy)).status == "pass"
 
 
 def test_display_and_comparison_are_not_reading() -> None:

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from eft.config.data import DataConfig
 from eft.core.errors import ConfigError, DataError
 from eft.core.records import TokenDataset
-from eft.data import cache, entry, prepare
+from eft.data import cache, entry, prepare, tokenize
 from eft.data.prepare import PreparedData, prepare_datasets, prepared_location
 
 CHATML = (
@@ -75,7 +75,9 @@ def ids_file(path: Path, lengths: list[int], trained_from: int = 1) -> str:
 
 def config(*paths: str, type: str | None = None, **keys: Any) -> DataConfig:
     entry_keys = keys.pop("entry", {})
-    return DataConfig(datasets=[{"path": path, "type": type, **entry_keys} for path in paths], **keys)
+    return DataConfig.model_validate(
+        {"datasets": [{"path": path, "type": type, **entry_keys} for path in paths], **keys}
+    )
 
 
 def no_tokenising(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,11 +272,10 @@ def test_rows_without_trained_turns_explain_the_roles(tmp_path: Path, tokenizer:
 def test_a_mask_that_trains_everything_is_refused(
     tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    genuine = entry.encode_examples
-
     def everything(*arguments: Any) -> Any:
-        outcomes = genuine(*arguments)
+        outcomes = tokenize.encode_examples(*arguments)
         for outcome in outcomes:
+            assert not isinstance(outcome, tokenize.Rejected)
             outcome.labels[:] = outcome.input_ids
         return outcomes
 
@@ -283,6 +284,46 @@ def test_a_mask_that_trains_everything_is_refused(
     with pytest.raises(DataError, match="every token of all 3 samples would be trained"):
         prepare_datasets(config(path, type="chat_template"), tokenizer)
     assert len(prepare_datasets(config(path, type="chat_template", train_on_inputs=True), tokenizer).train) == 3
+
+
+def test_rows_that_fit_no_format_and_turns_that_fit_no_template(tmp_path: Path, tokenizer: Any) -> None:
+    path = write_rows(tmp_path / "c.jsonl", [{"other": 1}] * 3)
+    with pytest.raises(DataError, match="3 malformed"):
+        prepare_datasets(config(path, type="chat_template", malformed_rows="drop"), tokenizer)
+    refusing = "{% if messages[0].content == 'bad' %}{{ raise_exception('no bad ones') }}{% endif %}" + CHATML
+    path = write_rows(tmp_path / "d.jsonl", [chat("good", "b"), chat("bad", "b")])
+    keys = {"type": "chat_template", "chat_template": "jinja", "chat_template_jinja": refusing}
+    with pytest.raises(DataError, match=r"d\.jsonl row 2: .*no bad ones"):
+        prepare_datasets(config(path, **keys), tokenizer)
+    account = prepare_datasets(config(path, **keys, malformed_rows="drop"), tokenizer).ledger.sources[0]
+    assert "row 2" in account.dropped["template"].first_rows[0]
+
+
+def test_tools_travel_with_the_held_out_conversations(tmp_path: Path, tokenizer: Any) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    path = write_rows(tmp_path / "c.jsonl", [chat(str(index), "a") | {"tools": [tool]} for index in range(4)])
+    prepared = prepare_datasets(config(path, type="chat_template", chat_template="chatml", val_set_size=1), tokenizer)
+    assert prepared.eval_tools == [[tool]]
+
+
+def test_a_users_function_may_give_turns_or_not(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "turning.py").write_text(
+        "def turns(row):\n"
+        "    return {'messages': [{'role': 'user', 'content': 'x'}, {'role': 'assistant', 'content': 'y'}]}\n"
+        "def pieces(row):\n    return {'segments': [{'text': 'ab', 'label': True}]}\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    path = write_rows(tmp_path / "rows.jsonl", [{"any": 1}])
+    bare = byte_tokenizer(template=None)
+    assert prepare_datasets(config(path, type="turning:pieces"), bare).train.lengths.tolist() == [2]
+    with pytest.raises(DataError, match="chat_template"):
+        prepare_datasets(config(path, type="turning:turns"), bare)
+    prepared = prepare_datasets(config(path, type="turning:turns", chat_template="chatml"), bare)
+    assert prepared.train.trainable_counts.tolist() == [2]
+    with pytest.raises(DataError, match="turning:absent"):
+        prepare_datasets(config(path, type="turning:absent"), bare)
 
 
 # ---- several data sets ----
@@ -320,7 +361,7 @@ def test_test_sets_are_named_whole_and_never_trained_on(tmp_path: Path, tokenize
         prepare_datasets(config(train, test_datasets=[{"path": test}], val_set_size=1), tokenizer)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_every_row_and_token_goes_to_exactly_one_place(data: st.DataObject, tokenizer: Any, tmp_path: Path) -> None:
     paths = []
@@ -394,12 +435,13 @@ def test_kill_minus_nine_leaves_nothing_that_counts(tmp_path: Path, tokenizer: A
 
 def test_two_at_the_same_time_do_the_work_once(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = config(ids_file(tmp_path / "ids.jsonl", [5, 6, 7]))
-    genuine, calls, waiting = entry.encode_examples, [], threading.Event()
+    calls: list[int] = []
+    waiting = threading.Event()
 
     def slow(*arguments: Any) -> Any:
         calls.append(1)
         assert waiting.wait(20), "nobody waited for the lock"
-        return genuine(*arguments)
+        return tokenize.encode_examples(*arguments)
 
     monkeypatch.setattr(entry, "encode_examples", slow)
     found: list[PreparedData] = []

@@ -110,7 +110,7 @@ def test_a_pickled_store_and_view_are_paths_not_tokens(tmp_path: Path) -> None:
     assert_equal(view.sample(0), samples[7])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(data=st.data())
 def test_views_of_views_of_many_stores(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("views")

@@ -98,9 +98,9 @@ def test_targets(keys: dict[str, Any], modules: int) -> None:
         (
             {"lora_modules_to_save": ["embed_token"]},
             ModelError,
-            "'embed_token' matches no .*did you mean 'embed_tokens'",
+            "'embed_token' .*did you mean 'embed_tokens'",
         ),
-        ({"lora_target_modules": ["self_attn"]}, ModelError, "lora_target_modules: .*not supported"),
+        ({"lora_target_modules": ["self_attn"]}, ModelError, "Target module LlamaAttention cannot take a LoRA"),
     ],
 )
 def test_bad_targets(keys: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -114,12 +114,11 @@ def test_a_tied_head_stays_tied_when_the_embedding_is_trained(saved: list[str]) 
     set_dtypes(model)
     whole = {name: weight for name, weight in _trained(model).items() if "lora_" not in name}
     assert [tuple(weight.shape) for weight in whole.values()] == [(VOCAB_SIZE, HIDDEN_SIZE)]
-    before = model(IDS).logits
+    plain = tiny_model("llama", tie_word_embeddings=True)
     with torch.no_grad():
         next(iter(whole.values())).mul_(2.0)
-    # The final norm hides the embedding's scale from the decoder; a head that were not tied would not see it at all.
-    ratio = (model(IDS).logits / before).median()
-    assert ratio == pytest.approx(2.0, rel=0.5)
+        plain.lm_head.weight.mul_(2.0)
+    torch.testing.assert_close(model(IDS).logits, plain(IDS).logits)
 
 
 def test_continuing_a_trained_adapter(tmp_path: Path) -> None:
@@ -140,18 +139,18 @@ def test_continuing_a_trained_adapter(tmp_path: Path) -> None:
 def test_continuing_refuses_what_the_adapter_already_decided(tmp_path: Path) -> None:
     apply_adapter(tiny_model("llama"), _lora(lora_r=4), seed=1).save_pretrained(tmp_path / "adapter")
     folder = str(tmp_path / "adapter")
-    with pytest.raises(ConfigError, match="lora_r: 16, but the adapter in .* was trained with 4"):
+    with pytest.raises(ConfigError, match=r"lora_r: 16, but the adapter in .* was trained with 4"):
         apply_adapter(tiny_model("llama"), AdapterConfig(adapter="lora", lora_model_dir=folder, lora_r=16), seed=1)
-    with pytest.raises(ConfigError, match="lora_target_linear: the adapter in .* brings its own modules"):
-        cfg = AdapterConfig(adapter="lora", lora_model_dir=folder, lora_target_linear=True)
+    cfg = AdapterConfig(adapter="lora", lora_model_dir=folder, lora_target_linear=True)
+    with pytest.raises(ConfigError, match=r"lora_target_linear: the adapter in .* brings its own modules"):
         apply_adapter(tiny_model("llama"), cfg, seed=1)
+    wider = tiny_model("llama", hidden_size=64)
     with pytest.raises(ModelError, match="does not fit"):
-        wider = tiny_model("llama", hidden_size=64)
         apply_adapter(wider, AdapterConfig(adapter="lora", lora_model_dir=folder), seed=1)
-    with pytest.raises(ModelError, match="no folder .*/adaptr; did you mean .*/adapter"):
-        cfg = AdapterConfig(adapter="lora", lora_model_dir=str(tmp_path / "adaptr"))
+    cfg = AdapterConfig(adapter="lora", lora_model_dir=str(tmp_path / "adaptr"))
+    with pytest.raises(ModelError, match=r"no folder .*/adaptr; did you mean .*/adapter"):
         apply_adapter(tiny_model("llama"), cfg, seed=1)
-    with pytest.raises(ModelError, match="has no adapter_config.json"):
+    with pytest.raises(ModelError, match=r"has no adapter_config\.json"):
         apply_adapter(tiny_model("llama"), AdapterConfig(adapter="lora", lora_model_dir=str(tmp_path)), seed=1)
 
 
@@ -207,7 +206,7 @@ def test_no_freezing_key_changes_nothing() -> None:
 @pytest.mark.parametrize(
     ("keys", "error", "message"),
     [
-        ({"unfrozen_parameters": ["model.layer.1"]}, ModelError, "matches no parameter; did you mean"),
+        ({"unfrozen_parameters": ["model.layer.1"]}, ModelError, "matches no parameter; did you mean 'layers'"),
         ({"unfrozen_parameters": ["(x"]}, ConfigError, "no regular expression"),
         ({"unfrozen_parameters": ["^model.embed_tokens.weight$[:100]"]}, ConfigError, "range of rows"),
         ({"train_top_layers": 3}, ModelError, r"3, but the model has 2 layers \(model.layers\)"),
@@ -249,7 +248,7 @@ def test_dtypes_of_an_adapter() -> None:
 def test_gradients_flow_through_checkpointing_over_frozen_embeddings(use_reentrant: bool) -> None:
     model = apply_adapter(tiny_model("llama"), _lora(), seed=1)
     assert enable_gradient_flow(model, use_reentrant=use_reentrant) is use_reentrant
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": use_reentrant})
     model.train()(IDS).logits.sum().backward()
     assert all(weight.grad is not None for weight in _trained(model).values())
 

@@ -17,6 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from eft.core.errors import ModelError
 from eft.loss.head import trainable_token_loss
+from eft.models import attention
 from eft.models import document_attention as attention_kernels
 from eft.models.attention import (
     PACKED_ATTENTION,
@@ -214,22 +215,51 @@ def test_attention_that_ignores_boundaries_is_caught(implementation: str) -> Non
 
 def test_layer_that_skips_our_function_or_misstates_its_window_is_refused() -> None:
     """What logits of tiny documents cannot show: too few calls, and a window longer than the probe's documents."""
-    from eft.models import attention
-
     model = tiny_model("mistral")
     install_attention(model, PACKED_ATTENTION)
     measured = attention.measure_boundaries(model, BoundarySupport("native", "", 0.0, 0.0))
-    assert attention._call_fault(model, measured) is None
+    assert attention._call_fault(model.config, measured) is None
     assert {call.span for call in measured.alone.calls} == {WINDOW} == set(measured.alone.masks.values())
-    kept = measured.packed_calls[1:]
-    measured.packed_calls[:] = kept[:1]
-    assert "1 of 2 attention layers" in str(attention._call_fault(model, measured))
-    measured.packed_calls[:] = kept * 2
+    kept = measured.packed.calls[1:]
+    measured.packed.calls[:] = kept[:1]
+    assert "1 of 2 attention layers" in str(attention._call_fault(model.config, measured))
+    measured.packed.calls[:] = kept * 2
     honest = measured.alone.calls[0]
     measured.alone.calls[0] = AttentionCall(honest.module, honest.bounded, None, honest.mask)
-    assert "looks back None tokens" in str(attention._call_fault(model, measured))
+    assert "looks back None tokens" in str(attention._call_fault(model.config, measured))
     measured.alone.calls[:] = [AttentionCall(honest.module, honest.bounded, None, None)]
-    assert "no layer names it" in str(attention._call_fault(model, measured))
+    assert "no layer names it" in str(attention._call_fault(model.config, measured))
+
+
+def test_real_windows_are_longer_than_the_probe() -> None:
+    """OLMoE hands its layers a window that its masks do not have, Phi-MoE the other way round: only masks are right."""
+    for family, form in (("olmoe", "causal"), ("phimoe", "by_config")):
+        model = tiny_model(family, sliding_window=64)
+        install_attention(model, PACKED_ATTENTION)
+        support = packing_support(model)
+        assert (support.mode, support.mask_form) == ("mask", form), support.reason
+        assert "64" in support.reason
+        plain = tiny_model(family, sliding_window=None)
+        install_attention(plain, PACKED_ATTENTION)
+        assert packing_support(plain).mode == "native"
+    falcon = tiny_model("falcon")
+    falcon.config.sliding_window = 64
+    assert packing_support(falcon).mask_form == "by_config"
+    unrecorded = attention.measure_boundaries(falcon, BoundarySupport("mask", "", 0.0, 0.0, "causal"))
+    assert "look-back of 64 tokens" in str(attention._mask_fault(falcon.config, "causal", unrecorded))
+    assert attention._mask_fault(falcon.config, "by_config", unrecorded) is None
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [("stablelm", "boundaries did not reach StableLmAttention"), ("doge", "DogeAttention makes a mask of its own")],
+)
+def test_layers_that_cannot_use_boundaries_get_a_prebuilt_mask(family: str, reason: str) -> None:
+    model = tiny_model(family)
+    install_attention(model, PACKED_ATTENTION)
+    support = packing_support(model)
+    assert (support.mode, support.leak) == ("mask", 0.0)
+    assert reason in support.reason
 
 
 def test_foreign_peft_model() -> None:

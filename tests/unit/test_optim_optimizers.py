@@ -170,6 +170,19 @@ def test_weight_decay_pulls_matrices_only(name: str) -> None:
         assert torch.equal(moved[0.9][unchanged], moved[0.0][unchanged])
 
 
+@pytest.mark.parametrize("name", ["adamw_torch", "adamw_torch_fused", "adafactor", "lion_pytorch", "adopt_adamw"])
+def test_weight_decay_is_decoupled(name: str) -> None:
+    """With zero gradients a matrix shrinks by the factor 1 - rate · decay in every step, and nothing else happens."""
+    model, steps = Small(), 5
+    before = model.mix.weight.detach().clone()
+    optimizer = build_optimizer(config(name, learning_rate=0.1, weight_decay=0.5), model)
+    for _ in range(steps):
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        optimizer.step()
+    torch.testing.assert_close(model.mix.weight, before * (1 - 0.1 * 0.5) ** steps)
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_config_keys_reach_the_optimizer_or_are_refused(name: str) -> None:
     row = OPTIMIZERS[name]
@@ -227,7 +240,7 @@ def test_nothing_trainable() -> None:
 def test_a_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "eft.optim.schedule_free", raising=False)
     monkeypatch.setitem(sys.modules, "schedulefree", None)
-    with pytest.raises(ConfigError, match=r"schedule_free_sgd needs the package schedulefree; pip install 'eft-trainer"):
+    with pytest.raises(ConfigError, match=r"schedule_free_sgd needs the package schedulefree; pip install"):
         build_optimizer(config("schedule_free_sgd"), Small())
 
 
@@ -371,6 +384,17 @@ def test_an_error_inside_still_restores_the_training_iterate() -> None:
     assert bits(model) == before
     with evaluation_weights(optimizer):
         assert bits(model) != before
+
+
+def test_nested_use_does_not_average_twice() -> None:
+    model, optimizer = trained("schedule_free_adamw")
+    before = bits(model)
+    with evaluation_weights(optimizer):
+        averaged = bits(model)
+        with evaluation_weights(optimizer):
+            assert bits(model) == averaged
+        assert bits(model) == averaged
+    assert bits(model) == before != averaged
 
 
 def test_nothing_happens_for_other_optimizers() -> None:

@@ -12,11 +12,19 @@ import typer
 import typer.main
 from typer.core import TyperCommand, TyperGroup
 
-from eft.cli.console import print_error, set_up_logging, stdout
+from eft.cli.console import print_error, set_up_logging
 from eft.core.constants import EXIT_FAILED, EXIT_USAGE
 from eft.core.errors import EftError, PromiseBroken
 
 COMMANDS: dict[str, tuple[str, str, str]] = {
+    "train": ("eft.cli.train", "train", "Fine-tune a model as a YAML says."),
+    "plan": ("eft.cli.plan", "plan", "Show the steps of a run without loading a model."),
+    "preprocess": ("eft.cli.preprocess", "preprocess", "Prepare the data and look at what is trained."),
+    "verify": ("eft.cli.verify", "verify", "Prove the promises on your own model, data and config."),
+    "evaluate": ("eft.cli.evaluate", "evaluate", "Loss of a model on the held-out data."),
+    "chat": ("eft.cli.chat", "chat", "Talk to a base model, an adapter or an export."),
+    "report": ("eft.cli.report", "report", "Write the page about a run."),
+    "quickstart": ("eft.cli.quickstart", "quickstart", "Train a real 135M model on real rows, in minutes."),
     "config": ("eft.cli.config", "app", "Show and explain the config of a run."),
 }
 """Command name to (module, attribute, one line of help). The attribute is a function or a `typer.Typer`."""
@@ -66,7 +74,7 @@ app = typer.Typer(cls=LazyGroup, no_args_is_help=True, add_completion=False, pre
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        stdout.print(f"eft {metadata.version('eft-trainer')}", markup=False)
+        typer.echo(f"eft {metadata.version('eft-trainer')}")
         raise typer.Exit
 
 

@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from eft.cli.arguments import AllowUnsupportedOption, ConfigArgument, OverridesArgument, load_run
-from eft.cli.console import stdout
+from eft.cli.console import console, open_config
+from eft.cli.options import AllowUnsupported, ConfigPath, Overrides
 from eft.config.dump import EffectiveLine, show_config
 from eft.config.reference import config_markdown, config_schema
 from eft.core.atomic import write_text
@@ -22,22 +22,23 @@ _ORIGIN_COLUMN = 56
 
 @app.command()
 def show(
-    config: ConfigArgument,
-    overrides: OverridesArgument = None,
+    config: ConfigPath,
+    overrides: Overrides = None,
     only_set: Annotated[
         bool, typer.Option("--only-set", help="Leave out keys that have their default.", show_default=False)
     ] = False,
-    allow_unsupported: AllowUnsupportedOption = False,
+    allow_unsupported: AllowUnsupported = False,
 ) -> None:
     """Print every key with its value and where it came from, as YAML."""
-    for line, origin in show_config(load_run(config, overrides, allow_unsupported), only_set=only_set):
-        stdout.print(_styled(line, origin))
+    loaded = open_config(config, overrides, allow_unsupported=allow_unsupported)
+    for line, origin in show_config(loaded, only_set=only_set):
+        console.print(_styled(line, origin), soft_wrap=True)
 
 
 @app.command()
 def schema() -> None:
     """Print the JSON schema of the config, for editors."""
-    stdout.print(json.dumps(config_schema(), indent=2, ensure_ascii=False), markup=False)
+    typer.echo(json.dumps(config_schema(), indent=2, ensure_ascii=False))
 
 
 @app.command()
@@ -49,7 +50,7 @@ def docs(
 
     for name, text in (("config.md", config_markdown()), ("cli.md", cli_markdown())):
         write_text(folder / name, text)
-        stdout.print(f"wrote {folder / name}", markup=False)
+        typer.echo(f"wrote {folder / name}")
 
 
 def _styled(line: EffectiveLine, origin: str) -> Text:

@@ -1,36 +1,54 @@
-"""The terminal: results go to stdout, everything else to stderr. Logging is set up here and nowhere else."""
+"""The terminal: results go to stdout, notes and errors to stderr. Logging is set up here and nowhere else."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.text import Text
 
+from eft.config.load import LoadedConfig, load_config
 from eft.core.errors import EftError
 
-stdout = Console(highlight=False, soft_wrap=True)
-"""What the command was asked for."""
-stderr = Console(stderr=True, highlight=False, soft_wrap=True)
-"""Notes, progress and errors; never mixed into piped results."""
+console = Console(highlight=False)
+"""stdout: what the command was asked for."""
+error_console = Console(stderr=True, highlight=False)
+"""stderr: notes, log records and errors, never mixed into piped results."""
+
+
+def open_config(path: Path, overrides: Sequence[str] | None = None, *, allow_unsupported: bool = False) -> LoadedConfig:
+    """Load the config that a command was given, and tell the user which keys have no effect.
+
+    Raises:
+        ConfigError: the config is wrong.
+    """
+    loaded = load_config(path, overrides or [], allow_unsupported=allow_unsupported)
+    print_notes(loaded.notes())
+    return loaded
 
 
 def print_error(error: EftError) -> None:
     """`error: …` in red; the message is the whole answer, so there is no traceback."""
-    stderr.print(Text.assemble(("error: ", "bold red"), str(error)))
+    error_console.print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
 
 
 def print_notes(notes: Iterable[str]) -> None:
     """One `note: …` line each."""
     for note in notes:
-        stderr.print(Text.assemble(("note: ", "bold yellow"), note))
+        error_console.print(Text.assemble(("note: ", "bold yellow"), note), soft_wrap=True)
 
 
 def set_up_logging(*, verbose: bool = False) -> None:
-    """Send log records to stderr: ours from INFO on (DEBUG with `verbose`), those of libraries from WARNING on."""
-    handler = RichHandler(console=stderr, show_path=verbose, show_time=verbose, markup=False, rich_tracebacks=False)
+    """Send log records to stderr: ours from INFO on (DEBUG with `verbose`), those of libraries from WARNING on.
+
+    `eft --verbose` comes first; a command that asks again, without it, changes nothing.
+    """
+    if not verbose and any(isinstance(handler, RichHandler) for handler in logging.getLogger().handlers):
+        return
+    handler = RichHandler(console=error_console, show_path=verbose, show_time=verbose, markup=False)
     handler.setFormatter(logging.Formatter("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("eft").setLevel(logging.DEBUG if verbose else logging.INFO)

@@ -20,7 +20,6 @@ RENAMED = {
     "scheduler": "lr_scheduler",
     "batch_size": "global_batch_size",
     "evaluation_strategy": "eval_strategy",
-    "eval_max_new_tokens": "generation_max_new_tokens",
 }
 """Spellings that mean exactly one of our keys. Axolotl's `batch_size` is micro-batch × accumulation × devices."""
 
@@ -214,7 +213,7 @@ AXOLOTL_KEYS: dict[str, Foreign] = {
         streaming_multipack_buffer_size=10000,
         pretrain_multipack_attn=True,
     ),
-    **_keys(_HUB, "push_dataset_to_hub hub_model_id hub_strategy hub_revision"),
+    **_keys(_HUB, "push_dataset_to_hub push_to_hub_model_id hub_model_id hub_strategy hub_revision"),
     **_keys("remove it, and log in with `hf auth login`", "hf_use_auth_token"),
     **_keys("remove it: cut the file, or give another `split`", "dataset_shard_num dataset_shard_idx"),
     **_keys("remove it: `shuffle_merged_datasets` shuffles all samples together", "shuffle_before_merging_datasets"),
@@ -263,7 +262,10 @@ AXOLOTL_KEYS: dict[str, Foreign] = {
     ),
     # Evaluation, checkpoints, trackers
     **_keys(_METRIC, "do_causal_lm_eval eval_causal_lm_metrics do_bench_eval bench_dataset bench_split lm_eval_tasks"),
-    **_keys("use `generate_samples: true` and `num_generation_samples`", "eval_table_size"),
+    **_keys(
+        "use `generate_samples: true`, with `num_generation_samples` and `generation_max_new_tokens`",
+        "eval_table_size eval_max_new_tokens",
+    ),
     **_keys(
         _GENERATE,
         "generation_top_p generation_top_k",
@@ -287,6 +289,13 @@ AXOLOTL_KEYS: dict[str, Foreign] = {
     **_keys(
         "remove it: use `eft chat`",
         "gradio_title gradio_share gradio_server_name gradio_server_port gradio_max_new_tokens gradio_temperature",
+    ),
+    # Commands and leftovers of older versions
+    **_keys("use `eft preprocess`, which shows the trained tokens in colour", "debug prepare_ds_only"),
+    **_keys("remove it: `seed` covers the order of the data too", "data_seed"),
+    **_keys(
+        "remove it: a leftover of old versions",
+        "landmark_attention xpos_rope load_4bit sample_packing_seq_len_multiplier",
     ),
     # Other kinds of training
     **_keys(

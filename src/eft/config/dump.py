@@ -32,10 +32,13 @@ def dump_config(config: TrainConfig) -> str:
 
 
 def show_config(loaded: LoadedConfig, *, only_set: bool = False) -> Iterator[tuple[EffectiveLine, str]]:
-    """Every line, with the origin of its value; headings have none. `only_set`: only what was written somewhere."""
+    """Every line, with the origin of its value: none for headings, nor where `loaded.origins` does not say.
+
+    `only_set` leaves out what was written nowhere.
+    """
     heading: EffectiveLine | None = None
     for line in effective_lines(loaded.config):
-        origin = loaded.origins[line.key] if line.key else ""
+        origin = loaded.origins.get(line.key, "")
         if only_set and (origin == DEFAULT or not line.key):
             heading = heading if line.key else line
             continue

@@ -130,7 +130,6 @@ def _check(document: Document, allow_unsupported: bool) -> LoadedConfig:
     document.values = _without_nulls(document.values, TrainConfig)
     config = _validated(document, document.values)
     document.raise_problems()
-    config.forget_reads()
     return LoadedConfig(config, _origins(document, config), accepted, [dotted(path) for path, _ in unsupported])
 
 

@@ -20,15 +20,15 @@ def changed_keys(config: Section) -> list[str]:
     return [*config.changed_keys(), *nested]
 
 
-def unused_keys(config: Section, exempt: Collection[str] = ()) -> list[str]:
+def unused_keys(config: Section, exempt: Collection[str] = (), *, read_before: Collection[str] = ()) -> list[str]:
     """The changed keys that no component read.
 
     Args:
         config: the config that the components were given.
-        exempt: keys that need not be read from this object: they were read from another copy of the config. Naming a
-            list (`datasets`) exempts its entries.
+        exempt: keys that need no reader; naming a list (`datasets`) exempts its entries.
+        read_before: keys read from another copy of the config, as `keys_read` gives them.
     """
-    read = keys_read(config)
+    read = keys_read(config) | frozenset(read_before)
     return [
         name
         for name in changed_keys(config)
@@ -58,7 +58,7 @@ def effective_keys(config: Section, *, read_before: Collection[str] = ()) -> Pro
         config: the config that the components were given.
         read_before: keys read from another copy of the config, such as those of data prepared earlier.
     """
-    unused = unused_keys(config, read_before)
+    unused = unused_keys(config, read_before=read_before)
     changed = changed_keys(config)
     numbers = {"changed": float(len(changed)), "unused": float(len(unused))}
     if unused:

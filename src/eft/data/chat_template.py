@@ -125,7 +125,7 @@ def _template_file(name: str, key: str) -> str:
     if path.is_file():
         return path.read_text(encoding="utf-8")
     names = ["tokenizer_default", "chatml", "jinja"]
-    close = nearest(name, [*names, *(entry.name for entry in path.parent.glob("*.jinja*"))])
+    close = nearest(path.name, [*names, *(entry.name for entry in path.parent.glob("*.jinja*"))])
     hint = f"; did you mean {close}?" if close else ""
     raise DataError(f"{key}: no file {name!r}; expected a Jinja file's path or one of {', '.join(names)}{hint}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from eft.core.records import Message, TokenDataset
 from eft.data.ledger import Ledger
@@ -17,6 +18,7 @@ class DatasetMeta:
     total_num_steps: int
     ledger: Ledger | None = None
     eval_conversations: list[list[Message]] = field(default_factory=list)
+    eval_tools: list[list[dict[str, Any]] | None] = field(default_factory=list)
     cache_note: str = ""
     keys_read: frozenset[str] = frozenset()
     """Config keys that the preparation read."""

@@ -244,7 +244,7 @@ def _ids(where: str, data: dict[str, Any], name: str) -> npt.NDArray[np.int32]:
     try:
         ids = np.asarray(value)
     except ValueError:
-        ids = np.empty(0, dtype=object)
+        ids = np.empty((0, 0))  # lists of different lengths
     if ids.ndim != 1 or (ids.dtype.kind not in "iu" and len(ids)):
         raise DataError(f"{where}: field {name!r} is not a flat list of integers (token ids)")
     if len(ids) and (ids.max() > np.iinfo(np.int32).max or ids.min() < np.iinfo(np.int32).min):

@@ -145,15 +145,17 @@ def _prepare_entry(
 @contextmanager
 def _reads_of(section: Section) -> Iterator[set[str]]:
     """The keys of `section` that are read inside; reads from before are kept."""
-    before = section.keys_read()
+    # Nested entries (`datasets` of the whole config) are forgotten along with the section, so remember theirs, too.
+    before = [(part, part.keys_read()) for part in (section, *(nested for _, nested in section.nested_sections()))]
     section.forget_reads()
     reads: set[str] = set()
     try:
         yield reads
         reads |= section.keys_read()
     finally:
-        for name in before:
-            getattr(section, name)
+        for part, names in before:
+            for name in names:
+                getattr(part, name)
 
 
 def _build(
@@ -190,10 +192,12 @@ def _is_dotted(spec: DatasetConfig) -> bool:
 
 def _template_of(spec: DatasetConfig, cfg: DataConfig, tokenizer: Any) -> str | None:
     """The template's text, for formats that give conversations."""
-    if spec.type == "chat_template" or (_is_dotted(spec) and (spec.chat_template or tokenizer.chat_template)):
-        chosen = spec.chat_template or cfg.chat_template
-        return resolve_template(tokenizer, chosen, cfg.chat_template_jinja if chosen == "jinja" else None)
-    return None
+    if spec.type != "chat_template" and not _is_dotted(spec):
+        return None
+    chosen = spec.chat_template or cfg.chat_template
+    if _is_dotted(spec) and chosen == "tokenizer_default" and not tokenizer.chat_template:
+        return None  # the user's function may well give segments or ids; if it gives turns, `encode_examples` objects
+    return resolve_template(tokenizer, chosen, cfg.chat_template_jinja if chosen == "jinja" else None)
 
 
 def _key_of(spec: DatasetConfig, cfg: DataConfig, tokenizer: Any, template: str | None) -> StoreKey:
@@ -241,19 +245,22 @@ def _account_mixture(trains: list[_Prepared], mixture: Mixture) -> None:
     for entry in trains:
         end = start + len(entry.store)
 
-        def mine(indices: Int64Array, start: int = start, end: int = end) -> Int64Array:
-            return indices[(indices >= start) & (indices < end)] - start
-
-        train = mine(mixture.train)
         account, store = entry.account, entry.store
+        train = _within(mixture.train, start, end)
         account.samples = len(train)
         account.trainable = int(store.trainable_counts[train].sum(dtype=np.int64))
         account.context = int(store.lengths[train].sum(dtype=np.int64)) - account.trainable
-        account.held_out = _portion(store, np.sort(mine(mixture.held_out)))
+        account.held_out = _portion(store, np.sort(_within(mixture.held_out, start, end)))
         for reason, indices in (("duplicate", mixture.duplicates), ("held_out_duplicate", mixture.held_out_duplicates)):
-            if len(mine(indices)):
-                account.dropped[reason] = _portion(store, mine(indices))
+            portion = _portion(store, _within(indices, start, end))
+            if portion.rows:
+                account.dropped[reason] = portion
         start = end
+
+
+def _within(indices: Int64Array, start: int, end: int) -> Int64Array:
+    """Those of `indices` in start..end-1, counted from `start`."""
+    return indices[(indices >= start) & (indices < end)] - start
 
 
 def _portion(store: TokenStore, indices: Int64Array) -> Portion:

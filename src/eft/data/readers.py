@@ -82,7 +82,7 @@ def _read_json(file: Path, on_broken: OnBroken | None) -> Iterator[Row]:
             yield from _read_json_array(file, number, b"".join([line, *(rest for _, rest in lines)]), on_broken)
             return
         try:
-            data = json.loads(line.decode())
+            data = json.loads(line.decode().rstrip())
         except UnicodeDecodeError as error:
             _report(number, DataError(f"{file} line {number}: is not UTF-8 text ({error.reason})"), on_broken)
             continue

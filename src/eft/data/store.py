@@ -59,7 +59,7 @@ _SCHEMA = pa.schema(
         ("row", pa.int64()),
     ]
 )
-_CONVERSATION_SCHEMA = pa.schema([("json", pa.string())])
+_CONVERSATION_SCHEMA = pa.schema([("json", pa.large_string())])
 
 
 class TokenStore(SampleSet):
@@ -102,12 +102,11 @@ class TokenStore(SampleSet):
     def _load_batch(self, number: int) -> tuple[Int32Array, Int32Array, Int32Array, tuple[Any, Any] | None]:
         """Views of one record batch: row offsets int32 [rows + 1], ids and labels int32 [tokens], weights."""
         batch = self._reader.get_batch(number)
-        ids, labels = batch.column("input_ids"), batch.column("labels")
         weights = None
-        if self.has_weights:
-            column = batch.column("weights")
-            weights = (column.offsets.to_numpy(), column.values.to_numpy())
-        views = (ids.offsets.to_numpy(), ids.values.to_numpy(), labels.values.to_numpy(), weights)
+        if self.has_weights and batch.column("weights").null_count < len(batch):
+            weights = _list_views(batch.column("weights"), np.float32)
+        offsets, ids = _list_views(batch.column("input_ids"), np.int32)
+        views = (offsets, ids, _list_views(batch.column("labels"), np.int32)[1], weights)
         self._batches[number] = views
         return views
 
@@ -199,14 +198,14 @@ class StoreWriter:
         samples = [sample for sample, _ in self._pending]
         first = self._starts[-1]
         rows = [
-            _list_column([sample.input_ids for sample in samples], np.int32),
-            _list_column([sample.labels for sample in samples], np.int32),
-            _list_column([sample.weights for sample in samples], np.float32),
-            pa.array(self._columns["source_ids"][first:], pa.int32()),
-            pa.array(self._columns["row_ids"][first:], pa.int64()),
+            _list_column([sample.input_ids for sample in samples], pa.int32()),
+            _list_column([sample.labels for sample in samples], pa.int32()),
+            _list_column([sample.weights for sample in samples], pa.float32()),
+            _column(np.frombuffer(self._columns["source_ids"][first:], dtype=np.int32), pa.int32()),
+            _column(np.frombuffer(self._columns["row_ids"][first:], dtype=np.int64), pa.int64()),
         ]
         self._tokens.write_batch(pa.record_batch(rows, schema=_SCHEMA))
-        texts = pa.array([text for _, text in self._pending], pa.string())
+        texts = _text_column([text for _, text in self._pending])
         self._conversations.write_batch(pa.record_batch([texts], schema=_CONVERSATION_SCHEMA))
         self._starts.append(first + len(samples))
         self._pending.clear()
@@ -234,13 +233,47 @@ class StoreWriter:
         atomic.write_json(self.folder / META_FILE, {**own, **meta})
 
 
-def _list_column(values: Sequence[npt.NDArray[Any] | None], dtype: npt.DTypeLike) -> pa.ListArray:
+# Arrow arrays are put together from, and taken apart into, buffers: `pa.array` and `to_numpy` import pandas (a second).
+
+
+def _list_views(column: pa.Array, dtype: npt.DTypeLike) -> tuple[Int32Array, npt.NDArray[Any]]:
+    """Offsets int32 [rows + 1] and flat values of a whole (unsliced) list column, without a copy."""
+    _, offsets, _, values = column.buffers()
+    return (
+        np.frombuffer(offsets, dtype=np.int32, count=len(column) + 1),
+        np.frombuffer(values, dtype=dtype, count=len(column.values)),
+    )
+
+
+def _column(values: npt.NDArray[Any], kind: pa.DataType) -> pa.Array:
+    return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(values)])
+
+
+def _offsets(lengths: Sequence[int], dtype: npt.DTypeLike) -> pa.Buffer:
+    offsets = np.zeros(len(lengths) + 1, dtype=dtype)
+    np.cumsum(lengths, out=offsets[1:])
+    return pa.py_buffer(offsets)
+
+
+def _presence(values: Sequence[Any]) -> pa.Buffer:
+    return pa.py_buffer(np.packbits([value is not None for value in values], bitorder="little"))
+
+
+def _list_column(values: Sequence[npt.NDArray[Any] | None], kind: pa.DataType) -> pa.Array:
     present = [value for value in values if value is not None]
-    offsets = np.zeros(len(values) + 1, dtype=np.int32)
-    np.cumsum([0 if value is None else len(value) for value in values], out=offsets[1:])
-    flat = np.concatenate(present) if present else np.empty(0, dtype=dtype)
-    mask = None if len(present) == len(values) else pa.array([value is None for value in values])
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat), mask=mask)
+    if not present:
+        return pa.nulls(len(values), pa.list_(kind))
+    offsets = _offsets([0 if value is None else len(value) for value in values], np.int32)
+    flat = _column(np.concatenate(present), kind)
+    return pa.Array.from_buffers(pa.list_(kind), len(values), [_presence(values), offsets], children=[flat])
+
+
+def _text_column(texts: Sequence[str | None]) -> pa.Array:
+    encoded = [b"" if text is None else text.encode() for text in texts]
+    offsets = _offsets([len(text) for text in encoded], np.int64)
+    return pa.Array.from_buffers(
+        pa.large_string(), len(texts), [_presence(texts), offsets, pa.py_buffer(b"".join(encoded))]
+    )
 
 
 def write_store(

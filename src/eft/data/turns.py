@@ -12,6 +12,7 @@ For each turn two questions are answered by rendering, never by searching for ma
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -66,7 +67,9 @@ class Layout:
     messages: list[Message]
     tools: list[dict[str, Any]] | None
     facts: TokenizerFacts
-    _frames: dict[tuple[int, bool], tuple[str, str]] = field(default_factory=dict)
+    _starts: dict[int, int] = field(default_factory=dict)
+    _frames: dict[int, tuple[str, str]] = field(default_factory=dict)
+    _additions: dict[tuple[str, str], str] = field(default_factory=dict)
 
     def render(self, messages: list[Message], **variables: Any) -> str:
         """The template's text for these messages; raises whatever the template raises."""
@@ -114,26 +117,41 @@ class Layout:
 
     def generation_start(self, turn: int) -> int:
         """The character at which the model would start to write this assistant turn."""
+        if turn not in self._starts:
+            prompts = list(self._prompts(turn))
+            matching = [len(prompt) for prompt in prompts if self.text.startswith(prompt)]
+            if prompts and not matching:
+                raise self.refuse(
+                    turn,
+                    "the template rewrites earlier turns: the text before this turn is not the prompt that the model "
+                    f"would be given here ({_first_difference(prompts[0], self.text)}). Split the conversation so that "
+                    "it ends with this turn, or choose another `chat_template`",
+                )
+            self._starts[turn] = max(matching) if matching else self._opening_start(turn)
+        return self._starts[turn]
+
+    def _prompts(self, turn: int) -> Iterator[str]:
+        """What the model may be given at this turn: the plain prompt first, then those that a switch gives."""
         before = self.messages[:turn]
-        prompts = [self.try_render(before, add_generation_prompt=True)] if before else [None]
-        if prompts[0] is not None:
-            switches = [switch for switch in _SWITCHES if switch in self.template]
-            prompts += [self.try_render(before, add_generation_prompt=True, **{switch: False}) for switch in switches]
-        matching = [len(prompt) for prompt in prompts if prompt is not None and self.text.startswith(prompt)]
-        if matching:
-            return max(matching)
-        if prompts[0] is None:
-            return self._opening_start(turn)
-        raise self.refuse(
-            turn,
-            "the template rewrites earlier turns: the text before this turn is not the prompt that the model would "
-            f"be given here ({_first_difference(prompts[0], self.text)}). Split the conversation so that it ends with "
-            "this turn, or choose another `chat_template`",
-        )
+        plain = self.try_render(before, add_generation_prompt=True) if before else None
+        if plain is None:
+            return
+        yield plain
+        for switch in _SWITCHES:
+            # What a switch adds to the prompt is learnt once; it is rendered again only where it stands in the text.
+            kind = (switch, before[-1]["role"])
+            known = self._additions.get(kind)
+            if switch not in self.template or (known is not None and not self.text.startswith(plain + known)):
+                continue
+            switched = self.try_render(before, add_generation_prompt=True, **{switch: False})
+            if switched is not None:
+                if switched.startswith(plain):
+                    self._additions[kind] = switched[len(plain) :]
+                yield switched
 
     def _opening_start(self, turn: int) -> int:
         """As `generation_start`, where the template renders no prompt because no user turn precedes."""
-        head, _ = self.frame(turn, keep_calls=False)
+        head, _ = self.frame(turn)
         probe: list[Message] = [{"role": "user", "content": "x"}]
         plain, prompt = self.try_render(probe), self.try_render(probe, add_generation_prompt=True)
         if plain is not None and prompt is not None and prompt.startswith(plain):
@@ -144,36 +162,57 @@ class Layout:
 
     # ---- where a turn's text is ----
 
-    def frame(self, turn: int, *, keep_calls: bool) -> tuple[str, str]:
-        """The conversation before and after a probe text that stands in this turn's place.
+    def frame(self, turn: int) -> tuple[str, str]:
+        """The conversation before and after a probe text that stands in this turn's place."""
+        if turn not in self._frames:
+            (probe,) = self._probes(1)
+            rendered = self.try_render(
+                [*self.messages[:turn], _replaced(self.messages[turn], probe), *self.messages[turn + 1 :]]
+            )
+            if rendered is None or rendered.count(probe) != 1:
+                raise self.refuse(turn, "the template does not show where its text is")
+            head, _, tail = rendered.partition(probe)
+            self._frames[turn] = head, tail
+        return self._frames[turn]
 
-        `keep_calls`: the turn keeps its tool calls and the probe is their argument, for templates that insist on them.
+    def _probes(self, count: int) -> list[str]:
+        """Texts that do not stand in the conversation."""
+        letter = next(letters for n in range(1, 1000) if (letters := "eftprobe" + "x" * n) not in self.text)
+        return [f"{letter}{index}z" for index in range(count)]
+
+    @cached_property
+    def _stops(self) -> dict[int, int]:
+        """Where the text of assistant turns stops, for all of them by one rendering with a probe in each one's place.
+
+        What stands between two probes there stands here between one turn's text and the start of the next one. A turn
+        for which that does not hold is left out.
         """
-        if (turn, keep_calls) not in self._frames:
-            self._frames[turn, keep_calls] = self._probe(turn, keep_calls)
-        return self._frames[turn, keep_calls]
-
-    def _probe(self, turn: int, keep_calls: bool) -> tuple[str, str]:
-        number = 0
-        while (probe := f"eftprobe{number}x") in self.text:
-            number += 1
-        message: Message = {**self.messages[turn]}
-        if keep_calls:
-            message["tool_calls"] = [
-                {**call, "function": {**call["function"], "arguments": {"p": probe}}} for call in message["tool_calls"]
-            ]
-        else:
-            message["content"] = probe
-            message.pop("tool_calls", None)
-            message.pop("reasoning_content", None)
-        rendered = self.try_render([*self.messages[:turn], message, *self.messages[turn + 1 :]])
-        if rendered is None or probe not in rendered:
-            raise self.refuse(turn, "the template does not show where its text is")
-        return rendered[: rendered.index(probe)], rendered[rendered.rindex(probe) + len(probe) :]
+        turns = [turn for turn, message in enumerate(self.messages) if message["role"] == "assistant"]
+        probes = dict(zip(turns, self._probes(len(turns)), strict=True))
+        probed = list(self.messages)
+        for turn, probe in probes.items():
+            probed[turn] = _replaced(self.messages[turn], probe)
+        rendered = self.try_render(probed)
+        if rendered is None or any(rendered.count(probe) != 1 for probe in probes.values()):
+            return {}
+        stops: dict[int, int] = {}
+        following = len(self.text)
+        for turn in reversed(turns):
+            rendered, found, between = rendered.rpartition(probes[turn])
+            if not found:
+                break
+            try:
+                start = self.generation_start(turn)
+            except UnprovableError:
+                break
+            if start <= following - len(between) and self.text.endswith(between, start, following):
+                stops[turn] = following - len(between)
+            following = start
+        return stops
 
     def text_start(self, turn: int) -> int:
         """The first character of the row's own text in this turn."""
-        head, _ = self.frame(turn, keep_calls=False)
+        head, _ = self.frame(turn)
         if not self.text.startswith(head):
             raise self.refuse(turn, "the template rewrites earlier turns: what precedes it depends on this turn's text")
         return len(head)
@@ -181,41 +220,70 @@ class Layout:
     def ends(self, turn: int) -> tuple[int, Span | None]:
         """Where the turn's text stops, and its end token: the first special token that follows the text before the next
         turn; None where the template writes none."""
-        failure: UnprovableError | None = None
-        for keep_calls in (False, True) if "tool_calls" in self.messages[turn] else (False,):
-            try:
-                _, tail = self.frame(turn, keep_calls=keep_calls)
-            except UnprovableError as error:
-                failure = failure or error
-                continue
-            if self.text.endswith(tail):
-                stop = len(self.text) - len(tail)
-                return stop, self._end_token(turn, stop, last=keep_calls)
-        raise failure or self.refuse(turn, "the template rewrites earlier turns: what follows it depends on its text")
+        if self.messages[turn]["role"] == "assistant" and turn in self._stops:
+            stop = self._stops[turn]
+            return stop, self._end_token(turn, stop)
+        try:
+            _, tail = self.frame(turn)
+        except UnprovableError:
+            if "tool_calls" not in self.messages[turn]:
+                raise
+            tail = None
+        if tail is not None and self.text.endswith(tail):
+            stop = len(self.text) - len(tail)
+            return stop, self._end_token(turn, stop)
+        if "tool_calls" in self.messages[turn]:
+            return self._end_of_calls(turn)
+        raise self.refuse(turn, "the template rewrites earlier turns: what follows it depends on its text")
 
-    def _end_token(self, turn: int, stop: int, *, last: bool) -> Span | None:
-        """`last`: the last special token of the turn instead of the first, as tool calls may hold special tokens. An
-        added token that is not marked special counts where it follows at once and no special one does.
+    def _through(self, turn: int) -> str | None:
+        """The conversation up to and including this turn, where the whole conversation starts with that text."""
+        through = self.try_render(self.messages[: turn + 1])
+        return through if through is not None and self.text.startswith(through) else None
+
+    def _end_token(self, turn: int, stop: int) -> Span | None:
+        """The end token after `stop`. An added token that is not marked special counts where it follows at once and no
+        special one does.
 
         Some templates (GLM) end an assistant turn by nothing but the token that opens the next one: that is then what
         tells the model to stop. For other roles it is no end.
         """
-        plain = self.facts.plain_end_token.match(self.text, stop)
         match = self.facts.end_token.search(self.text, stop)
+        plain = self.facts.plain_end_token.match(self.text, stop)
         is_assistant = self.messages[turn]["role"] == "assistant"
         follows_at_once = match is not None and not self.text[stop : match.start()].strip()
-        if match and (last or not is_assistant or not follows_at_once):  # is it still this turn's?
-            through = self.try_render(self.messages[: turn + 1])
-            if through is not None and self.text.startswith(through):
-                matches = list(self.facts.end_token.finditer(self.text, stop, len(through)))
-                match = matches[-1 if last else 0] if matches else None
-            elif last or not follows_at_once:
-                if is_assistant and not plain:
+        if match and not (is_assistant and follows_at_once):  # is it still this turn's?
+            through = self._through(turn)
+            if through is not None:
+                match = self.facts.end_token.search(self.text, stop, len(through))
+            elif not follows_at_once:
+                beyond = turn + 1 < len(self.messages) and match.start() >= self.text_start(turn + 1)
+                if is_assistant and not plain and not beyond:
                     raise self.refuse(turn, "the template does not show where it ends")
                 match = None
         if match:
             return Span(match.start(), match.end())
         return Span(plain.start(1), plain.end(1)) if plain else None
+
+    def _end_of_calls(self, turn: int) -> tuple[int, Span | None]:
+        """As `ends`, for templates that insist on this turn's tool calls: the probe is their argument, and the end
+        token is the last special one of the turn, as calls may hold special tokens of their own."""
+        (probe,) = self._probes(1)
+        calls = self.messages[turn]["tool_calls"]
+        changed = [{**call, "function": {**call["function"], "arguments": {"p": probe}}} for call in calls]
+        probed = self.try_render([*self.messages[:turn], {**self.messages[turn], "tool_calls": changed}])
+        through = self._through(turn)
+        if through is None or probed is None or probe not in probed:
+            raise self.refuse(turn, "the template does not show where it ends")
+        tail = probed.rpartition(probe)[2]
+        matches = list(self.facts.end_token.finditer(tail))
+        if not matches:
+            return len(through), None
+        rest = tail[matches[-1].start() :]
+        if not through.endswith(rest):
+            raise self.refuse(turn, "the template does not show where it ends")
+        stop = len(through) - len(rest)
+        return stop, Span(stop, stop + len(matches[-1].group()))
 
     def require_written(self, turn: int, span: Span) -> None:
         """Refuse when the template left out something that the row asks to train on."""
@@ -230,6 +298,14 @@ class Layout:
                     f"the template leaves out or rewrites its {name}, so it cannot be trained as it stands in the row; "
                     "split the conversation so that it ends with this turn, or choose another `chat_template`",
                 )
+
+
+def _replaced(message: Message, text: str) -> Message:
+    """The turn with nothing but this text."""
+    replaced: Message = {**message, "content": text}
+    replaced.pop("tool_calls", None)
+    replaced.pop("reasoning_content", None)
+    return replaced
 
 
 def _first_difference(ours: str, theirs: str) -> str:

@@ -64,7 +64,8 @@ def apply_adapter(model: PreTrainedModel, cfg: AdapterConfig, seed: int) -> PreT
         try:
             return get_peft_model(model, config, autocast_adapter_dtype=True)
         except ValueError as error:
-            raise ModelError(f"lora_target_modules: {error}") from error
+            what = str(error).partition("(")[0].strip()  # in brackets peft prints the whole module
+            raise ModelError(f"lora_target_modules: {what} cannot take a LoRA adapter; name linear layers") from error
 
 
 def _target_modules(model: nn.Module, cfg: AdapterConfig) -> list[str] | str:
@@ -280,6 +281,6 @@ def _advice(word: str, names: Iterable[str]) -> str:
     names = list(names)
     endings = list(dict.fromkeys(part for name in names for part in name.split(".") if not part.isdigit()))
     plain = re.sub(r"[\^$\\*?()\[\]|+]", "", word).strip(".")
-    close = nearest(plain, names) if "." in plain else None
-    close = close or nearest(plain.rpartition(".")[2], endings)
+    unknown = [part for part in plain.split(".") if part and not part.isdigit() and part not in endings]
+    close = next((found for part in unknown if (found := nearest(part, endings))), None)
     return f"; did you mean {close!r}?" if close else f"; there are: {', '.join(endings[:12])}"

@@ -21,7 +21,6 @@ from transformers.masking_utils import create_causal_mask, create_masks_for_gene
 from eft.core.errors import ModelError
 from eft.models.document_attention import (
     PACKED_ATTENTION,
-    AttentionCall,
     AttentionRecord,
     packed_forward,
     record_attention,
@@ -54,7 +53,7 @@ _LEAK_EXPERTS_FP32 = 1e-6
 _PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
-MaskForm = Literal["", "by_layer_type", "tensor"]
+MaskForm = Literal["", "by_layer_type", "by_config", "causal"]
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ class BoundarySupport:
     difference: float
     """Largest difference between a document's logits in the packed row and alone."""
     mask_form: MaskForm = ""
-    """For `mask`: one mask per layer type, or one for all layers."""
+    """For `mask`: one per layer type of the config, one as the config's window says, or one plain causal."""
 
 
 @dataclass(frozen=True)
@@ -81,10 +80,10 @@ class BoundaryMeasurement:
     """Change of the perturbed document itself; 0 would mean that the probe sees nothing."""
     leak_limit: float
     difference_limit: float
-    packed_calls: list[AttentionCall]
-    """Calls of our attention function in the packed run."""
+    packed: AttentionRecord
+    """Calls of our attention function in the packed run, and the masks that we built for it."""
     alone: AttentionRecord
-    """The same, with the masks that the model built, in the runs of single documents."""
+    """The same in the runs of single documents, with the masks that the model built."""
 
     def fault(self) -> str | None:
         """What is wrong, or None. Written so that NaN is wrong."""
@@ -122,10 +121,10 @@ def install_attention(model: nn.Module, implementation: str) -> None:
         ) from error
 
 
-def packed_mask(model: nn.Module, position_ids: Tensor, form: MaskForm = "tensor") -> Tensor | dict[str, Tensor]:
+def packed_mask(model: nn.Module, position_ids: Tensor, form: MaskForm = "by_config") -> Tensor | dict[str, Tensor]:
     """The block-diagonal causal mask of a packed row, for families that ignore boundaries.
 
-    position_ids int64 [1, T], restarting at 0 for each document → the mask [1, 1, T, T] in the form that the model's
+    position_ids int64 [1, T], restarting at 0 for each document → the mask [1, 1, T, T] in the dtype that the model's
     attention implementation reads, or one such mask per layer type (`by_layer_type`). Costs T² memory. Raises
     ModelError where the implementation has no masks of that kind.
     """
@@ -140,12 +139,14 @@ def packed_mask(model: nn.Module, position_ids: Tensor, form: MaskForm = "tensor
         "past_key_values": None,
         "position_ids": position_ids,
     }
-    mask = create_causal_mask(**settings) if form == "tensor" else create_masks_for_generate(**settings)
+    mask = create_causal_mask(**settings) if form == "causal" else create_masks_for_generate(**settings)
     found = list(mask.values()) if isinstance(mask, dict) else [mask]
-    # A single document may need no mask; `[1, 1, T, T]` is what every family understands as prebuilt.
+    # `[1, 1, T, T]` is what every family understands as prebuilt.
     if not all(isinstance(entry, Tensor) and entry.ndim == 4 for entry in found):
         raise ModelError(f"packing: `{config._attn_implementation}` attention has no prebuilt masks")
-    return mask  # type: ignore[no-any-return]
+    if form != "by_layer_type" and len(found) > 1:
+        raise ModelError(f"packing: {type(base).__name__} has layers of several kinds, one mask cannot serve them all")
+    return dict(mask) if form == "by_layer_type" else found[0]
 
 
 def boundary_inputs(support: BoundarySupport, model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -177,21 +178,21 @@ def packing_support(model: nn.Module, *, autocast_dtype: torch.dtype | None = No
     """How this model keeps packed documents apart, found by running it on a row of three tiny documents.
 
     Tried in order: the boundaries as arguments (with our attention: called with them in every attention layer, and
-    with the same look-back as the model's own masks), a prebuilt mask per layer type, one prebuilt mask. The model's
-    modes and every random generator stay as they are. `autocast_dtype` is the dtype that training will run under.
+    with the same look-back as the model's own masks), then prebuilt masks that look back as far as the model's own.
+    The model's modes and every random generator stay as they are. `autocast_dtype` is what training will run under.
     """
     faults: list[str] = []
     attempts = [BoundarySupport("native", "boundaries reach every attention layer", 0.0, 0.0)]
-    if getattr(base_of(model).config.get_text_config(), "layer_types", None) is not None:
-        attempts.append(BoundarySupport("mask", "", 0.0, 0.0, "by_layer_type"))
-    attempts.append(BoundarySupport("mask", "", 0.0, 0.0, "tensor"))
+    by_type = getattr(base_of(model).config.get_text_config(), "layer_types", None) is not None
+    forms: list[MaskForm] = ["by_layer_type", "by_config", "causal"] if by_type else ["by_config", "causal"]
+    attempts += [BoundarySupport("mask", "", 0.0, 0.0, form) for form in forms]
     leak, difference = float("nan"), float("nan")
     for attempt in attempts:
-        way = "boundaries as arguments" if attempt.mode == "native" else f"prebuilt mask ({attempt.mask_form})"
+        way = "boundaries as arguments" if attempt.mode == "native" else f"prebuilt mask {attempt.mask_form}"
         # A foreign forward may raise anything on arguments it does not know; the text is the reason we give.
         try:
             measured = measure_boundaries(model, attempt, autocast_dtype=autocast_dtype)
-            fault = measured.fault() or (_call_fault(model, measured) if attempt.mode == "native" else None)
+            fault = measured.fault() or _look_back_fault(model, attempt, measured)
         except Exception as error:
             faults.append(f"{way}: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}")
             continue
@@ -236,7 +237,7 @@ def measure_boundaries(
         own_change=float(change[:first].max()),
         leak_limit=expert_leak if _has_experts(base.config.get_text_config()) else 0.0,
         difference_limit=limit,
-        packed_calls=packed_record.calls,
+        packed=packed_record,
         alone=alone_record,
     )
 
@@ -300,24 +301,39 @@ def _probing(model: nn.Module, autocast_dtype: torch.dtype | None) -> Iterator[t
                 module.training = training
 
 
-def _call_fault(model: nn.Module, measured: BoundaryMeasurement) -> str | None:
-    """What our attention function's calls say against it, or None. Other implementations are judged by logits alone."""
+def _look_back_fault(model: nn.Module, support: BoundarySupport, measured: BoundaryMeasurement) -> str | None:
+    """What logits of tiny documents cannot show, since they are shorter than any real window; None if all is well."""
     config = base_of(model).config.get_text_config()
-    if config._attn_implementation != PACKED_ATTENTION:
-        return None
+    if support.mode == "mask":
+        return _mask_fault(config, support.mask_form, measured)
+    return _call_fault(config, measured) if config._attn_implementation == PACKED_ATTENTION else None
+
+
+def _call_fault(config: PretrainedConfig, measured: BoundaryMeasurement) -> str | None:
+    """Layers that our function did not run, or whose arguments and masks disagree on how far they look back."""
     expected = _attention_layers(config)
-    bounded = sum(call.bounded for call in measured.packed_calls)
+    bounded = sum(call.bounded for call in measured.packed.calls)
     if bounded < expected:
         return f"{bounded} of {expected} attention layers ran per document"
-    # The probe's documents are shorter than any real window: compare what the layer says with what its mask says.
-    masks = measured.alone.masks
-    calls = measured.alone.calls
+    masks, calls = measured.alone.masks, measured.alone.calls
     for call in calls:
         if call.mask in masks and masks[call.mask] != call.span:
             return f"a layer looks back {call.span} tokens by its arguments but {masks[call.mask]} by its mask"
     unnamed = set(masks.values()) - {call.span for call in calls}
     if unnamed and any(call.mask not in masks for call in calls):
         return f"a mask for a look-back of {unnamed.pop()} tokens is built, but no layer names it"
+    return None
+
+
+def _mask_fault(config: PretrainedConfig, form: MaskForm, measured: BoundaryMeasurement) -> str | None:
+    """Whether prebuilt masks look back as far as the model's own; without a record of those, the config's word."""
+    own, built = set(measured.alone.masks.values()), set(measured.packed.masks.values())
+    if own:
+        same = built <= own if form == "by_layer_type" else built == own
+        return None if same else f"it looks back {built} tokens, the model's own masks {own}"
+    limits = [getattr(config, key, None) for key in ("sliding_window", "attention_chunk_size")]
+    if form == "causal" and any(limits):
+        return f"it has no limit, but the config names a look-back of {next(filter(None, limits))} tokens"
     return None
 
 

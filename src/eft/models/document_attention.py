@@ -158,6 +158,8 @@ def document_attention(
         layer = _Layer(module, dropout, scaling, None, None, softcap, s_aux)
         return _eager(layer, query, key, value, attention_mask, causal=causal), None
 
+    if attention_mask is not None and _packed.get() is not None:
+        raise ModelError(f"packing: {type(module).__name__} makes a mask of its own beside the document boundaries")
     _refuse_what_spans_documents(module, query, key, is_causal, kwargs)
     layer = _Layer(module, dropout, scaling, sliding_window, chunk, softcap, s_aux)
     if layer.runs_on_flash(query, value):

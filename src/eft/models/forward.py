@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,8 +32,3 @@ class TrainedLogits:
             logits = model(**inputs, use_cache=False).logits
         return logits.flatten(0, 1)[positions]  # type: ignore[no-any-return]
 
-
-def keeps_positions(model: nn.Module) -> bool:
-    """Whether the base model's forward takes `logits_to_keep`."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return "logits_to_keep" in inspect.signature(base.forward).parameters

@@ -15,6 +15,14 @@ from eft.core.records import Message
 from eft.models.seeding import seeded_rng
 
 _MARK = "eftmark"
+_GREEDY: dict[str, Any] = {
+    "do_sample": False,
+    "num_beams": 1,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "min_length": 0,
+}
+"""Set one by one, because `generate` takes whatever is left unset from the checkpoint's own generation config."""
 
 
 def sample_texts(
@@ -60,13 +68,10 @@ def generate_ids(
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt) :] = torch.tensor(list(prompt), dtype=torch.int64)
         mask[row, width - len(prompt) :] = 1
-    # A config of our own: the checkpoint's may sample, or carry penalties.
     generation = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, use_cache=True, pad_token_id=pad, eos_token_id=stops or None
+        max_new_tokens=max_new_tokens, pad_token_id=pad, eos_token_id=stops or None, use_cache=True, **_GREEDY
     )
-    output = model.generate(
-        input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=generation, use_model_defaults=False
-    )
+    output = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=generation)
     answers = output[:, width:].tolist()
     return [_until_stop(answer, stops) for answer in answers]
 

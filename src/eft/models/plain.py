@@ -109,7 +109,7 @@ def plain_base(model: PreTrainedModel | PeftModel, dtype: torch.dtype) -> PreTra
     if missing or unexpected:
         raise ModelError(f"the live model is no plain {type(base).__name__}: {sorted([*missing, *unexpected])[:4]}")
     plain.generation_config = copy.deepcopy(base.generation_config)
-    plain.config.name_or_path = base.config.name_or_path
+    plain.name_or_path = plain.config.name_or_path = base.config.name_or_path
     _copy_unsaved_buffers(base, plain)
     return cast("PreTrainedModel", plain)
 

@@ -22,7 +22,7 @@ from eft.core.errors import DataError
 
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 HELD_OUT = 110
-SYSTEM = 'Call the function that answers the user. Reply with JSON only: {"name": ..., "arguments": {...}}'
+SYSTEM = "Reply with one JSON call of this function:"
 
 _FILES = ("BFCL_v4_simple_python.json", "BFCL_v4_live_simple.json")
 _MAX_PROMPT_CHARACTERS = 1400
@@ -42,7 +42,7 @@ class Call:
     @property
     def answer(self) -> str:
         """The reference call as JSON: every needed argument with its first accepted value."""
-        arguments = {name: values[0] for name, values in self.accepted.items() if _OPTIONAL not in values}
+        arguments = {name: values[0] for name, values in self.accepted.items() if values and _OPTIONAL not in values}
         return json.dumps({"name": self.function["name"], "arguments": arguments})
 
     def prompt(self) -> list[dict[str, str]]:
@@ -111,11 +111,11 @@ def _is_flat(value: Any) -> bool:
 def _signature(function: dict[str, Any]) -> str:
     parameters = function["parameters"]
     required = set(parameters.get("required", []))
-    lines = [f"{function['name']}: {function['description']}"]
-    for name, spec in parameters.get("properties", {}).items():
-        optional = "" if name in required else ", optional"
-        lines.append(f"- {name} ({spec.get('type', 'any')}{optional}): {spec.get('description', '')}")
-    return "\n".join(lines)
+    names = (
+        f"{name}{'' if name in required else '?'}: {spec.get('type', 'any')}"
+        for name, spec in parameters.get("properties", {}).items()
+    )
+    return f"{function['name']}({', '.join(names)}) {function['description'].split('. ')[0]}"
 
 
 def _json_lines(path: Path) -> Iterator[dict[str, Any]]:

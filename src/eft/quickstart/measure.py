@@ -58,7 +58,7 @@ def is_right(call: dict[str, Any], row: dict[str, Any]) -> bool:
         return False
     for name, values in accepted.items():
         if name not in arguments:
-            if "" not in values:
+            if values and "" not in values:
                 return False
         elif not any(_same(arguments[name], value) for value in values):
             return False

@@ -74,7 +74,9 @@ def path_data(series: Series, x_axis: Axis, y_axis: Axis) -> str:
 def _area(chart: Chart, series: Sequence[Series], x_axis: Axis, y_axis: Axis) -> Markup:
     lines = [_line("grid", 0.0, SIZE * (1 - y_axis.place(v)), SIZE, None) for v, _ in y_axis.ticks]
     lines += [_line("grid", SIZE * x_axis.place(v), 0.0, None, SIZE) for v, _ in x_axis.ticks]
-    lines += [_line("mark", SIZE * x_axis.place(v), 0.0, None, SIZE) for v in chart.marks if x_axis.low < v < x_axis.high]
+    lines += [
+        _line("mark", SIZE * x_axis.place(v), 0.0, None, SIZE) for v in chart.marks if x_axis.low < v < x_axis.high
+    ]
     lines += [_line("axis", 0.0, SIZE, SIZE, None), _line("axis", 0.0, 0.0, None, SIZE)]
     for one in series:
         curve = f"curve {one.look} c{one.colour}"

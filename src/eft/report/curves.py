@@ -19,8 +19,17 @@ def run_charts(run: RunFiles) -> list[Chart]:
     marks = epoch_ends(run.plan)
     note = "dashed lines: epoch ends" if marks else ""
     return [
-        Chart("loss", "Loss", [*_smoothed(run.training, "loss", "training"), *_evaluation(run)], marks=marks, note=note),
-        Chart("learning-rate", "Learning rate", [column(run.training, "learning_rate", "learning rate")], "linear", True, marks),
+        Chart(
+            "loss", "Loss", [*_smoothed(run.training, "loss", "training"), *_evaluation(run)], marks=marks, note=note
+        ),
+        Chart(
+            "learning-rate",
+            "Learning rate",
+            [column(run.training, "learning_rate", "learning rate")],
+            "linear",
+            True,
+            marks,
+        ),
         Chart("grad-norm", "Gradient norm", _smoothed(run.training, "grad_norm", "before clipping", 3), marks=marks),
         Chart("throughput", "Tokens per second", _throughput(run.training), "linear", True, marks),
     ]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from eft.report.markup import Markup, element, escape, join
-from eft.report.reading import Json, RunFiles, is_eval_loss, number
+from eft.report.reading import Json, RunFiles, number
 from eft.report.series import format_number
 
 
@@ -51,7 +51,7 @@ def last_step(run: RunFiles) -> int:
 
 def planned_steps(run: RunFiles) -> int | None:
     """The number of steps announced before the run."""
-    planned = number(run.plan.get("total_steps", run.summary.get("planned_steps")))
+    planned = number(run.plan.get("total_steps"))
     return int(planned) if math.isfinite(planned) else None
 
 
@@ -82,7 +82,9 @@ def format_seconds(seconds: float) -> str:
 def _card(card: Card) -> Markup:
     before = element("span", escape(card.before) + " → ", class_="from") if card.before else ""
     note = element("small", escape(card.note)) if card.note else Markup("")
-    return element("div", element("h3", escape(card.title)) + element("p", before + escape(card.value)) + note, class_="card")
+    return element(
+        "div", element("h3", escape(card.title)) + element("p", before + escape(card.value)) + note, class_="card"
+    )
 
 
 def _steps(run: RunFiles) -> Card:
@@ -92,13 +94,12 @@ def _steps(run: RunFiles) -> Card:
 
 
 def _held_out_loss(run: RunFiles) -> Card | None:
-    before = number(run.summary.get("eval_loss_before"))
-    after = number(run.summary.get("eval_loss_after"))
-    seen = [number(row[name]) for row in run.evaluations for name in sorted(row) if is_eval_loss(name)][:: 1]
-    if not math.isfinite(after) and seen:
-        after = seen[-1]
-        if not math.isfinite(before) and len(run.evaluations) > 1:
-            before = seen[0]
+    before, after = number(run.summary.get("eval_loss_first")), number(run.summary.get("eval_loss"))
+    if not math.isfinite(after):
+        seen = [v for v in (number(row.get("eval_loss")) for row in run.evaluations) if math.isfinite(v)]
+        before, after = (seen[0], seen[-1]) if seen else (math.nan, math.nan)
+    if before == after:
+        before = math.nan
     if not math.isfinite(after):
         return None
     note = f"{100 * (after / before - 1):+.1f} %".replace("-", "−") if math.isfinite(before) and before else ""
@@ -136,9 +137,8 @@ def _throughput(run: RunFiles) -> Card | None:
         value = rates[len(rates) // 2] if rates else math.nan
     if not math.isfinite(value):
         return None
-    tokens = [number(row.get("tokens")) for row in run.training]
-    total = sum(v for v in tokens if math.isfinite(v))
-    return Card("Tokens per second", format_number(value), note=f"{format_number(total)} tokens logged" if total else "")
+    total = number(run.summary.get("tokens", run.training[-1].get("tokens") if run.training else None))
+    return Card("Tokens per second", format_number(value), note=f"{format_number(total)} tokens" if total > 0 else "")
 
 
 def _duration(run: RunFiles) -> Card | None:

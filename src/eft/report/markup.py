@@ -22,7 +22,9 @@ def escape(value: object) -> Markup:
 def element(tag: str, body: str | Markup = "", /, **attributes: object) -> Markup:
     """`<tag attributes>body</tag>`; the body is markup, the attributes are text. `class_` stands for `class`."""
     pairs = "".join(
-        f' {name.rstrip("_").replace("_", "-")}="{escape(value)}"' for name, value in attributes.items() if value is not None
+        f' {name.rstrip("_").replace("_", "-")}="{escape(value)}"'
+        for name, value in attributes.items()
+        if value is not None
     )
     return Markup(f"<{tag}{pairs}>{body}</{tag}>")
 

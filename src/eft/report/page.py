@@ -12,13 +12,13 @@ from eft.core import atomic, constants
 from eft.report.charts import figure
 from eft.report.curves import run_charts
 from eft.report.headline import cards_markup, run_cards, run_state
+from eft.report.ledger import ledger_section
 from eft.report.markup import Markup, element, escape, join
 from eft.report.reading import RunFiles, read_run
 from eft.report.sections import (
     config_section,
     environment_section,
     events_section,
-    ledger_section,
     plan_section,
     promises_section,
     samples_section,
@@ -72,8 +72,9 @@ def _sections(run: RunFiles) -> Iterator[tuple[str, str, str, Markup]]:
         yield "events", "Events", "", events_section(run.events)
     if run.config_text:
         yield "config", "Config", "effective values, with the origin of each", config_section(run.config_text)
-    if run.summary.get("versions") or run.summary.get("environment"):
-        yield "environment", "Environment", "", environment_section(run)
+    environment = run.summary.get("environment")
+    if isinstance(environment, dict) and environment:
+        yield "environment", "Environment", "", environment_section(environment)
 
 
 def _header(run: RunFiles, sections: list[tuple[str, str, str, Markup]]) -> Markup:
@@ -87,9 +88,15 @@ def _header(run: RunFiles, sections: list[tuple[str, str, str, Markup]]) -> Mark
 def _main(run: RunFiles, sections: list[tuple[str, str, str, Markup]]) -> Markup:
     parts = [cards_markup(run_cards(run))]
     if run.problems:
-        parts.append(element("div", escape("Not all of the run is here: " + "; ".join(run.problems) + "."), class_="problems"))
+        parts.append(
+            element("div", escape("Not all of the run is here: " + "; ".join(run.problems) + "."), class_="problems")
+        )
     for anchor, name, note, body in sections:
         heading = element("h2", escape(name) + (element("small", escape(note)) if note else ""))
         parts.append(element("section", heading + body, id=anchor))
-    parts.append(element("footer", escape("Made from the files in this folder by `eft report`. Nothing on this page is fetched.")))
+    parts.append(
+        element(
+            "footer", escape("Made from the files in this folder by `eft report`. Nothing on this page is fetched.")
+        )
+    )
     return join(parts)

@@ -1,8 +1,9 @@
 """What an output folder holds, read with a crashed run in mind: any file may be missing, empty or cut off.
 
-`summary.json` has these keys, each optional: `steps`, `planned_steps`, `training_loss`, `eval_loss_before`,
-`eval_loss_after`, `seconds`, `tokens_per_second`, `peak_memory_mib`, `parameters_total`, `parameters_trainable`,
-`exit_reason`, `measures` ({name: {"before": number, "after": number}}), `versions` and `environment` (flat mappings).
+Of `summary.json` (written by `run`) these keys are shown, each optional: `steps`, `training_loss`, `eval_loss_first`,
+`eval_loss`, `seconds`, `tokens`, `tokens_per_second`, `peak_memory_mib`, `parameters_total`, `parameters_trainable`,
+`exit_reason`, `environment` (a flat mapping), and `measures` ({name: {"before": number, "after": number, "note": text}};
+numbers from 0 to 1 are shares).
 """
 
 from __future__ import annotations

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from eft.report.markup import Markup, element, escape, join, table
-from eft.report.reading import Json, RunFiles, number
+from eft.report.reading import Json
 from eft.report.series import format_number
 
 SAMPLES_OPEN = 6
@@ -29,8 +28,7 @@ _PLAN_WORDS = {
     "weight_per_epoch": "Loss weight per epoch",
     "total_tokens": "Tokens of the whole run",
     "tokens_per_step": "Tokens per step",
-    "packed": "Packed",
-    "sequential": "In file order",
+    "strategy": "Packing",
     "shuffle": "Shuffled",
     "seed": "Seed",
     "fingerprint": "Fingerprint",
@@ -78,90 +76,11 @@ def plan_section(plan: Json) -> Markup:
     body = facts({key: value for key, value in plan.items() if key != "epochs"}, _PLAN_WORDS)
     if epochs:
         names = list(epochs[0])
-        rows = [[escape(i), *(escape(plain(epoch.get(name))) for name in names)] for i, epoch in enumerate(epochs, start=1)]
+        rows = [
+            [escape(i), *(escape(plain(epoch.get(name))) for name in names)] for i, epoch in enumerate(epochs, start=1)
+        ]
         body = Markup(body + "<br>" + table(["Epoch", *map(spoken, names)], rows, numeric_from=1))
     return body
-
-
-def ledger_rows(ledger: Json) -> list[tuple[str, Json]]:
-    """(source, its counts), from a mapping by name or from a list of entries with a `name` or `source`."""
-    sources = ledger.get("sources", {})
-    if isinstance(sources, dict):
-        return [(str(name), counts) for name, counts in sources.items() if isinstance(counts, dict)]
-    entries = [entry for entry in sources if isinstance(entry, dict)] if isinstance(sources, list) else []
-    return [(str(e.get("name", e.get("source", f"source {i}"))), e) for i, e in enumerate(entries, start=1)]
-
-
-def ledger_section(ledger: Json) -> Markup:
-    """Where every raw token of every source went, and why what is missing was dropped."""
-    columns = ("raw", "trainable", "context", "truncated", "dropped")
-    lines, totals = [], dict.fromkeys(("rows", "samples", *columns), 0.0)
-    for name, counts in ledger_rows(ledger):
-        reasons = _dropped(counts)
-        tokens = {**_token_counts(counts), "dropped": sum(tokens for _, _, tokens, _ in reasons)}
-        numbers = {"rows": _first(counts, "rows", "rows_read"), "samples": _first(counts, "samples"), **tokens}
-        for key in totals:
-            totals[key] += 0.0 if math.isnan(numbers[key]) else numbers[key]
-        label = escape(name) + join(element("span", escape(_reason_words(reason)), class_="more") for reason in reasons)
-        lines.append([Markup(label), *(escape(_count(numbers[key])) for key in totals)])
-    head = ["Source", "Rows", "Samples", "Raw tokens", "Trainable", "Context", "Truncated", "Dropped"]
-    total = [escape("All"), *(escape(_count(value)) for value in totals.values())] if len(lines) > 1 else []
-    body = table(head, [*lines, *([total] if total else [])], numeric_from=1)
-    return Markup(body + _meter(totals))
-
-
-def _token_counts(counts: Json) -> dict[str, float]:
-    nested = counts.get("tokens")
-    source = nested if isinstance(nested, dict) else counts
-    return {
-        name: _first(source, name, f"{name}_tokens", f"tokens_{name}") for name in ("raw", "trainable", "context", "truncated")
-    }
-
-
-def _dropped(counts: Json) -> list[tuple[str, float, float, list[Any]]]:
-    """(reason, rows, tokens, first row ids) per reason."""
-    nested = counts.get("tokens")
-    dropped = counts.get("dropped", nested.get("dropped") if isinstance(nested, dict) else None)
-    if not isinstance(dropped, dict):
-        return []
-    found = []
-    for reason, entry in dropped.items():
-        if isinstance(entry, list):
-            rows, tokens, ids = (*entry, 0, 0, [])[:3]
-        elif isinstance(entry, dict):
-            rows, tokens = entry.get("rows", 0), entry.get("tokens", 0)
-            ids = entry.get("first_rows", entry.get("row_ids", entry.get("first_row_ids", [])))
-        else:
-            rows, tokens, ids = entry, 0, []
-        found.append((str(reason), number(rows), number(tokens), ids if isinstance(ids, list) else []))
-    return [reason for reason in found if reason[1] or reason[2]]
-
-
-def _reason_words(reason: tuple[str, float, float, list[Any]]) -> str:
-    name, rows, tokens, ids = reason
-    first = f", first: row {', '.join(str(i) for i in ids[:3])}" if ids else ""
-    return f"dropped, {spoken(name).lower()}: {_count(rows)} rows, {_count(tokens)} tokens{first}"
-
-
-def _first(counts: Json, *names: str) -> float:
-    return next((number(counts[name]) for name in names if name in counts), math.nan)
-
-
-def _count(value: float) -> str:
-    return "–" if math.isnan(value) else f"{value:,.0f}"
-
-
-def _meter(totals: Mapping[str, float]) -> Markup:
-    """One bar: the share of raw tokens that is trainable, context, truncated, dropped."""
-    shown = [("trainable", "c0"), ("context", "c9"), ("truncated", "c4"), ("dropped", "c1")]
-    whole = sum(totals[name] for name, _ in shown)
-    if not whole:
-        return Markup("")
-    bars = join(element("i", class_=c, style=f"width:{100 * totals[n] / whole:.2f}%") for n, c in shown)
-    key = join(
-        element("span", element("i", class_=c) + escape(f"{n} {100 * totals[n] / whole:.1f} %")) for n, c in shown if totals[n]
-    )
-    return Markup(element("div", bars, class_="meter") + element("p", key, class_="key"))
 
 
 def promises_section(promises: Sequence[Json]) -> Markup:
@@ -198,9 +117,15 @@ def _sample(row: Json) -> Markup:
     for name, title in (("reference", "Reference"), ("before", "Before"), ("after", "After")):
         if row.get(name) is None:
             continue
-        match = name != "reference" and reference is not None and text_of(row[name]).strip() == text_of(reference).strip()
+        match = (
+            name != "reference" and reference is not None and text_of(row[name]).strip() == text_of(reference).strip()
+        )
         heading = element("h3", escape(f"{title} ✓ same as the reference" if match else title))
-        text = element("pre", escape(text_of(row[name]))) if text_of(row[name]) else element("span", "(empty)", class_="nums")
+        text = (
+            element("pre", escape(text_of(row[name])))
+            if text_of(row[name])
+            else element("span", "(empty)", class_="nums")
+        )
         answers.append(element("div", heading + text, class_="answer match" if match else "answer"))
     body = join(_turn(turn) for turn in turns) + element("div", join(answers), class_="answers")
     return element("article", body, class_="sample")
@@ -223,7 +148,9 @@ def text_of(value: Any) -> str:
 def config_section(text: str) -> Markup:
     """The effective config, keys and origins (the trailing comments) set apart."""
     lines = join((_config_line(line) for line in text.splitlines()), "\n")
-    box = element("summary", escape(f"config.yaml, {len(text.splitlines())} lines")) + element("pre", lines, class_="config")
+    box = element("summary", escape(f"config.yaml, {len(text.splitlines())} lines")) + element(
+        "pre", lines, class_="config"
+    )
     return element("details", box, class_="box", open="")
 
 
@@ -250,14 +177,9 @@ def _split_comment(line: str) -> tuple[str, str]:
     return line, ""
 
 
-def environment_section(run: RunFiles) -> Markup:
-    """Versions and machine."""
-    values: Json = {}
-    for part in ("environment", "versions"):
-        entry = run.summary.get(part)
-        if isinstance(entry, dict):
-            values.update(entry)
-    return facts(values, {key: key if key in (run.summary.get("versions") or {}) else spoken(key) for key in values})
+def environment_section(environment: Json) -> Markup:
+    """Machine and versions, under the names of the packages."""
+    return facts(environment, {str(key): str(key) for key in environment})
 
 
 def events_section(events: Iterable[Json]) -> Markup:

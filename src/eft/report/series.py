@@ -66,7 +66,9 @@ def thin(series: Series, limit: int) -> Series:
     for bucket in range(buckets):
         indices = range(bucket * count // buckets, (bucket + 1) * count // buckets)
         finite = [i for i in indices if math.isfinite(series.y[i])]
-        pair = {min(finite, key=series.y.__getitem__), max(finite, key=series.y.__getitem__)} if finite else {indices[0]}
+        pair = (
+            {min(finite, key=series.y.__getitem__), max(finite, key=series.y.__getitem__)} if finite else {indices[0]}
+        )
         kept.extend(sorted(pair))
     kept = sorted({0, *kept, count - 1})
     return Series(series.label, [series.x[i] for i in kept], [series.y[i] for i in kept], series.look, series.colour)

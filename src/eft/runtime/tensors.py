@@ -26,6 +26,8 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         OSError, SafetensorError: the file cannot be written.
     """
     save_file(_separate(tensors), path, metadata={"format": "pt"})
+    # safetensors leaves the file readable by its owner only, whatever the umask says.
+    path.chmod(path.parent.stat().st_mode & 0o666)
     _drop_from_page_cache(path)
     stored = read_tensors(path)
     for name, tensor in tensors.items():

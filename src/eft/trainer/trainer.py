@@ -53,7 +53,8 @@ class EftTrainer(
         self.parts = parts
         self.total_num_steps = total_num_steps
         self.plan: PlanLike | None = None
-        self.last_rates: dict[str, float] = {}
+        self.totals: dict[str, float] = {}
+        """Tokens, trained tokens and seconds of the training, once it is over."""
         self.flow_callback = FlowCallback()
         super().__init__(**kwargs)
         self.remove_callback(DefaultFlowCallback)
@@ -73,6 +74,7 @@ class EftTrainer(
         set_seed(self.parts.seed)
         self.parts.meter.restore({"tokens": 0, "trained_tokens": 0, "seconds": 0.0})
         output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        self.totals = self.parts.meter.state()
         # `_tr_loss` holds what an early exit left unlogged.
         self.progress.add(float(self._tr_loss), output.global_step)
         mean = self.progress.mean_loss(output.global_step)

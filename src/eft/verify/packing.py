@@ -1,0 +1,156 @@
+"""E1: a document in a packed row gives what it gives alone, and sees nothing of its neighbours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from eft.core.records import PromiseResult, TokenSample
+from eft.data.collators import Batch, Collator
+from eft.models.attention import measure_boundaries
+from eft.models.forward import TrainedLogits
+from eft.trainer.trainer import EftTrainer
+from eft.verify.exact import GradientGap, compare_gradients, take_gradients, trained_tokens
+from eft.verify.excerpt import first_documents
+from eft.verify.verification import Verification
+
+NUM_DOCUMENTS = 4
+LONGEST = 128
+"""Tokens of the longest document of the row."""
+LOGIT_TOLERANCE = 1e-5
+"""Of the largest logit."""
+LOSS_TOLERANCE = 1e-5
+"""Of the largest loss of a document."""
+PADDING = 64
+"""Rows that the run pads are padded here to a multiple of this, so that a row stays short."""
+
+
+@dataclass(frozen=True)
+class _Gaps:
+    """Differences between the row and its documents alone."""
+
+    logits: float
+    loss: float
+    leak: float
+    own_change: float
+    gradients: GradientGap
+    leak_limit: float
+
+    def faults(self) -> list[str]:
+        """What is beyond its limit. Written so that NaN is."""
+        faults = []
+        if not self.own_change > 0:
+            faults.append("the logits do not depend on the tokens, so nothing can be proven")
+        if not self.leak <= self.leak_limit:
+            faults.append(f"documents see each other: leak {self.leak:.1e} of the largest logit")
+        if not self.logits <= LOGIT_TOLERANCE:
+            faults.append(f"logits differ from those alone by {self.logits:.1e} of the largest")
+        if not self.loss <= LOSS_TOLERANCE:
+            faults.append(f"a document's loss differs from that alone by {self.loss:.1e}")
+        if not self.gradients.is_small:
+            faults.append(f"gradients differ by {self.gradients.share:.1e} in {self.gradients.tensor or 'all'}")
+        return faults
+
+
+def check_packing(verification: Verification, trainer: EftTrainer) -> PromiseResult:
+    """E1 on a row of the user's own documents, through the trainer's forward and collator.
+
+    Call it inside `exact_arithmetic`, with a trainer in fp32. Leaves no gradients.
+    """
+    title = "packed documents = the same documents alone"
+    documents = first_documents(verification.plan, NUM_DOCUMENTS, LONGEST)
+    trainer.model.eval()
+    gaps = _measure(trainer, documents)
+    faults = gaps.faults()
+    forward = trainer.parts.forward
+    assert isinstance(forward, TrainedLogits)
+    numbers = {
+        "logits": gaps.logits,
+        "loss": gaps.loss,
+        "leak": gaps.leak,
+        "gradients": gaps.gradients.share,
+        "documents": float(len(documents)),
+    }
+    measured = (
+        f"{_row_in_words(verification, documents, forward.support.mode)}: leak {gaps.leak:.0e}, logits "
+        f"{gaps.logits:.1e}, loss {gaps.loss:.1e}, gradients {gaps.gradients.share:.1e}; fp32"
+        f"{verification.precision_note()}"
+    )
+    return PromiseResult("E1", title, "fail" if faults else "pass", "; ".join([*faults, measured]), numbers)
+
+
+def _row_in_words(verification: Verification, documents: Sequence[TokenSample], mode: str) -> str:
+    lengths = " + ".join(str(len(document.input_ids)) for document in documents)
+    if mode == "refused":
+        return f"padded rows of {lengths} tokens, as this model knows no boundaries"
+    off = "" if verification.config.sample_packing else ", as in a micro-batch without packing"
+    return f"a row of {lengths} tokens ({mode} boundaries{off})"
+
+
+def short_rows(collator: Collator) -> Collator:
+    """The collator, padding to few tokens where it pads at all."""
+    padded: Any = collator
+    return replace(padded, pad_to=PADDING) if padded.pad_to else collator
+
+
+def _measure(trainer: EftTrainer, documents: list[TokenSample]) -> _Gaps:
+    collator, forward, model = short_rows(trainer.parts.packing.collator), trainer.parts.forward, trainer.model
+    perturbed = [_perturbed(documents[0], model.get_input_embeddings().weight.shape[0]), *documents[1:]]
+    with torch.no_grad():
+        packed = _all_logits(trainer, collator([documents]), documents)
+        changed = _all_logits(trainer, collator([perturbed]), documents)
+        alone = [_alone_logits(model, document) for document in documents]
+    scale = max(float(logits.abs().max()) for logits in alone)
+    change = [float((new - old).abs().max()) / scale for new, old in zip(changed, packed, strict=True)]
+    losses = [
+        (_loss(logits, document), _loss(reference, document))
+        for logits, reference, document in zip(packed, alone, documents, strict=True)
+    ]
+    del changed
+    for document in documents:
+        _loss(_alone_logits(model, document), document).backward()
+    expected = take_gradients(model)
+    batch = trainer._prepare_inputs(collator([documents]))
+    targets = batch["shift_labels"].reshape(-1)[batch["trained_positions"]]
+    weights = torch.cat([trained_tokens(document, targets.device)[2] for document in documents])
+    (weights * F.cross_entropy(forward(model, batch).float(), targets, reduction="none")).sum().backward()
+    return _Gaps(
+        logits=max(float((a - b).abs().max()) / scale for a, b in zip(packed, alone, strict=True)),
+        loss=max(abs(float(a) - float(b)) for a, b in losses) / max(float(reference) for _, reference in losses),
+        leak=max(change[1:]),
+        own_change=change[0],
+        gradients=compare_gradients(take_gradients(model), expected),
+        leak_limit=measure_boundaries(model, forward.support).leak_limit if forward.support.mode != "refused" else 0.0,
+    )
+
+
+def _perturbed(document: TokenSample, vocabulary: int) -> TokenSample:
+    """Every token replaced by another one."""
+    shift = 1 + vocabulary // 3
+    return TokenSample((document.input_ids + shift) % vocabulary, document.labels, document.weights)
+
+
+def _all_logits(trainer: EftTrainer, batch: Batch, documents: list[TokenSample]) -> list[Tensor]:
+    """Logits [tokens, vocab] of each document, by the trainer's own forward over the batch."""
+    rows, width = batch["input_ids"].shape
+    everywhere = {**batch, "trained_positions": torch.arange(rows * width)}
+    logits = trainer.parts.forward(trainer.model, trainer._prepare_inputs(everywhere)).float()
+    starts = [row * width for row in range(len(documents))] if rows > 1 else batch["cu_seq_lens_q"].tolist()
+    return [logits[start : start + len(doc.input_ids)] for start, doc in zip(starts, documents, strict=False)]
+
+
+def _alone_logits(model: Any, document: TokenSample) -> Tensor:
+    ids = torch.tensor(document.input_ids, dtype=torch.int64, device=model.device)
+    logits: Tensor = model(input_ids=ids[None], use_cache=False).logits[0]
+    return logits.float()
+
+
+def _loss(logits: Tensor, document: TokenSample) -> Tensor:
+    """Σ weight · NLL of a document from its logits [tokens, vocab]."""
+    positions, targets, weights = trained_tokens(document, logits.device)
+    return (weights * F.cross_entropy(logits[positions], targets, reduction="none")).sum()

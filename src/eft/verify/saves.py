@@ -1,0 +1,127 @@
+"""E6: an export is what was trained and loads anywhere; a checkpoint brings everything back, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eft.core.errors import EftError
+from eft.core.hashing import hash_bytes, hash_json
+from eft.core.records import PromiseResult
+from eft.models.export import check_saved_tensors, export_model, verify_export
+from eft.runtime.checkpoint import CheckpointStore, verify_manifest
+from eft.runtime.rng import capture_rng, seed_everything
+from eft.runtime.weights import live_weights
+from eft.trainer.trainer import EftTrainer
+from eft.verify.excerpt import first_documents
+from eft.verify.verification import Verification
+
+PROBE_TOKENS = 64
+
+
+def check_export(verification: Verification, trainer: EftTrainer) -> list[PromiseResult]:
+    """Export into the temporary folder, read every tensor back, and load it in a fresh process."""
+    folder = verification.folder / "export"
+    with trainer.parts.evaluation_weights(trainer.plain_optimizer()):
+        dtype = write_export(verification, folder)
+        return judge_export(verification, folder, dtype)
+
+
+def write_export(verification: Verification, folder: Path) -> torch.dtype:
+    """The export of a run with this config; returns the dtype it is saved in."""
+    config = verification.config
+    dtype = getattr(torch, config.save_dtype) if config.save_dtype is not None else None
+    manifest = export_model(
+        verification.model, verification.tokenizer, folder, save_dtype=dtype, gguf_file=config.gguf_file
+    )
+    saved: torch.dtype = getattr(torch, manifest["dtype"])
+    return saved
+
+
+def judge_export(verification: Verification, folder: Path, dtype: torch.dtype) -> list[PromiseResult]:
+    """COMPLETE and VERIFIED of an export that lies in `folder`."""
+    probe = first_documents(verification.plan, 1, PROBE_TOKENS)[0]
+    ids = [int(token) for token in probe.input_ids]
+    return [
+        check_saved_tensors(folder, verification.model, dtype),
+        verify_export(folder, verification.model, verification.tokenizer, ids),
+    ]
+
+
+def check_checkpoint(verification: Verification, trainer: EftTrainer) -> PromiseResult:
+    """Write a checkpoint, spoil everything in memory that it holds, load it, and compare every bit.
+
+    Afterwards the model is what the checkpoint gave back, so this check comes last.
+    """
+    title = "a checkpoint brings weights, optimizer, schedule and generators back"
+    trainer.parts.checkpoint = CheckpointStore(verification.folder / "checkpoints", save_total_limit=None)
+    before = _state(trainer)
+    try:
+        trainer._save_checkpoint(trainer.model)
+        path = trainer.parts.checkpoint.path(trainer.state.global_step)
+        manifest = verify_manifest(path)
+        _spoil(trainer)
+        trainer._load_from_checkpoint(str(path))
+        if manifest["resumable"]:
+            trainer._load_optimizer_and_scheduler(str(path))
+            trainer._load_rng_state(str(path))
+    except EftError as error:
+        return PromiseResult("E6", title, "fail", str(error))
+    compared = before if manifest["resumable"] else {n: v for n, v in before.items() if n.startswith("weights ")}
+    after = _state(trainer)
+    changed = sorted(name for name in compared if after.get(name) != compared[name])
+    size = sum(entry["bytes"] for entry in manifest["files"].values()) / 2**20
+    numbers = {"entries": float(len(compared)), "changed": float(len(changed)), "mebibytes": size}
+    if changed:
+        detail = f"{len(changed)} of {len(compared)} came back different: {', '.join(changed[:3])}"
+        return PromiseResult("E6", title, "fail", detail, numbers)
+    only = "" if manifest["resumable"] else " (weights only, by `save_only_model`)"
+    detail = f"{len(compared)} tensors and states bit-equal after loading{only}, {size:,.1f} MiB"
+    return PromiseResult("E6", title, "pass", detail, numbers)
+
+
+def _stored_tensors(trainer: EftTrainer) -> Iterator[tuple[str, Tensor]]:
+    """Names and live memory of what a checkpoint stores of the weights."""
+    for file, tensors in live_weights(trainer.model).items():
+        for name, tensor in tensors.items():
+            yield f"weights {file} {name}", tensor
+
+
+def _state(trainer: EftTrainer) -> dict[str, str]:
+    """Fingerprint of every tensor and state by name."""
+    state = {name: _fingerprint(tensor) for name, tensor in _stored_tensors(trainer)}
+    names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+    optimizer = trainer.plain_optimizer()
+    for parameter, values in optimizer.state.items():
+        for key, value in values.items():
+            state[f"optimizer {names[id(parameter)]} {key}"] = _fingerprint(value)
+    state["learning rates"] = repr([group["lr"] for group in optimizer.param_groups])
+    state["schedule"] = repr(trainer.lr_scheduler.last_epoch)
+    generators = capture_rng()
+    state["generators"] = hash_json(generators.plain)
+    state.update({f"generator {name}": _fingerprint(tensor) for name, tensor in generators.tensors.items()})
+    return state
+
+
+def _fingerprint(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return repr(value)
+    raw = value.detach().contiguous().reshape(-1).cpu().view(torch.uint8)
+    return f"{value.dtype} {list(value.shape)} {hash_bytes(raw.numpy().tobytes())}"
+
+
+def _spoil(trainer: EftTrainer) -> None:
+    """Lose everything that the checkpoint must bring back."""
+    with torch.no_grad():
+        for _, tensor in _stored_tensors(trainer):
+            tensor.zero_()
+    optimizer = trainer.plain_optimizer()
+    optimizer.state.clear()
+    for group in optimizer.param_groups:
+        group["lr"] = -1.0
+    trainer.lr_scheduler.last_epoch = -1
+    seed_everything(0)

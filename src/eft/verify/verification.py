@@ -1,0 +1,81 @@
+"""What is verified: the user's own model, data and config, in a temporary folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from eft.builder import HFCausalTrainerBuilder
+from eft.config.root import TrainConfig
+from eft.core.records import TokenDataset
+from eft.data.dataset_meta import DatasetMeta
+from eft.data.plan import Plan
+from eft.run import load_datasets, load_trainable_model, plan_of, prepare_tokenizer
+from eft.runtime.env import Environment, resolve_precision
+from eft.trainer.trainer import EftTrainer
+
+FULL_PRECISION: Mapping[str, Any] = {"bf16": False, "fp16": False, "tf32": False}
+"""Keys of a trainer that computes in fp32."""
+
+
+@dataclass
+class Verification:
+    """The parts that the checks take. Build it with `assemble`, or from parts of your own."""
+
+    config: TrainConfig
+    folder: Path
+    """Temporary: everything that a check writes goes here, nothing into the config's `output_dir`."""
+    tokenizer: PreTrainedTokenizerBase
+    meta: DatasetMeta
+    model: PreTrainedModel
+    """With its adapter; its weights move in the rehearsal, so that check comes after those that measure."""
+    plan: Plan
+    """Of the whole run."""
+    world_size: int = 1
+
+    def config_with(self, changes: Mapping[str, Any]) -> TrainConfig:
+        """The config with some keys changed, writing into the temporary folder."""
+        return self.config.model_copy(update={**changes, "output_dir": str(self.folder)})
+
+    def build_trainer(
+        self, config: TrainConfig, train_dataset: TokenDataset | None = None, eval_dataset: Any = None
+    ) -> EftTrainer:
+        """A trainer for the model by `config`, one of `config_with`.
+
+        Raises:
+            ConfigError, ModelError: the config asks for what the model or the machine cannot do.
+        """
+        builder = HFCausalTrainerBuilder(config, self.model, self.tokenizer)
+        builder.train_dataset = self.meta.train_dataset if train_dataset is None else train_dataset
+        builder.eval_dataset = eval_dataset
+        # Promise E8 is judged by `verify.keys`, over the user's own config.
+        builder.keys_read_before = frozenset(self.config.changed_keys()) | self.meta.keys_read
+        return builder.build()
+
+    def build_exact_trainer(self) -> EftTrainer:
+        """A trainer in fp32; flash kernels have no fp32, so our attention takes their place."""
+        attention = {"attn_implementation": "eft"} if "flash" in self.config.attn_implementation else {}
+        return self.build_trainer(self.config_with({**FULL_PRECISION, **attention}))
+
+    def precision_note(self) -> str:
+        """` (the run: bfloat16)` where the run computes in another dtype than the checks, else nothing."""
+        name = str(resolve_precision(self.config, Environment.detect()).compute_dtype).removeprefix("torch.")
+        return "" if name == "float32" else f" (the run: {name})"
+
+
+def assemble(config: TrainConfig, folder: Path) -> Verification:
+    """Prepare the data (or find them prepared) and load the model, as `eft train` does.
+
+    Raises:
+        EftError: the config, the data or the model is wrong.
+    """
+    tokenizer = prepare_tokenizer(config)
+    meta = load_datasets(config, tokenizer)
+    world_size = Environment.detect().world_size
+    plan = plan_of(config, meta.train_dataset, world_size)
+    model = load_trainable_model(config, tokenizer)
+    return Verification(config, folder, tokenizer, meta, model, plan, world_size)

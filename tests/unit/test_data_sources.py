@@ -1,0 +1,214 @@
+"""Every kind of source gives the same rows; every broken one gives one message naming file, line and expectation."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from eft.config.data import DatasetConfig
+from eft.core.errors import DataError
+from eft.data import sources
+from eft.data.sources import count_hint, iter_rows, source_fingerprint
+
+ROWS: list[dict[str, Any]] = [{"text": "one, two\nthree"}, {"text": "zwölf 😀"}, {"text": 'a "quoted" one'}]
+
+
+def jsonl(rows: list[dict[str, Any]] = ROWS) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def write_csv(path: Path) -> None:
+    path.write_text('text\n"one, two\nthree"\nzwölf 😀\n"a ""quoted"" one"\n', encoding="utf-8")
+
+
+def write_arrow(path: Path, new: Callable[..., Any]) -> None:
+    table = pa.Table.from_pylist(ROWS)
+    with path.open("wb") as file, new(file, table.schema) as writer:
+        writer.write_table(table)
+
+
+WRITERS: dict[str, Callable[[Path], Any]] = {
+    "data.jsonl": lambda path: path.write_bytes(jsonl()),
+    "data.json": lambda path: path.write_text(json.dumps(ROWS, indent=1)),
+    "compact.json": lambda path: path.write_text(json.dumps(ROWS)),
+    "lines.json": lambda path: path.write_bytes(b"\xef\xbb\xbf" + jsonl() + b"\n"),
+    "data.jsonl.gz": lambda path: path.write_bytes(gzip.compress(jsonl())),
+    "data.jsonl.zst": lambda path: path.write_bytes(zstandard.compress(jsonl())),
+    "data.csv": write_csv,
+    "data.parquet": lambda path: pq.write_table(pa.Table.from_pylist(ROWS), path),
+    "stream.arrow": lambda path: write_arrow(path, pa.ipc.new_stream),
+    "file.arrow": lambda path: write_arrow(path, pa.ipc.new_file),
+}
+
+
+def spec(path: Path | str, **keys: Any) -> DatasetConfig:
+    return DatasetConfig(path=str(path), **keys)
+
+
+def rows_of(path: Path | str, **keys: Any) -> list[dict[str, Any]]:
+    return [row.data for row in iter_rows(spec(path, **keys))]
+
+
+def error_of(path: Path | str, **keys: Any) -> str:
+    with pytest.raises(DataError) as caught:
+        list(iter_rows(spec(path, **keys)))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_each_kind_gives_the_rows_with_their_numbers(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    WRITERS[name](path)
+    rows = list(iter_rows(spec(path)))
+    assert [row.data for row in rows] == ROWS
+    assert [row.number for row in rows] == [1, 2, 3]
+    assert rows[2].where == f"{path} row 3"
+    assert count_hint(spec(path)) in (3, 4 if name == "lines.json" else 3, None)
+
+
+def test_text_rows_are_lines_that_are_not_blank(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("one\n\n two \r\nthree")
+    assert [(row.number, row.data["text"]) for row in iter_rows(spec(path))] == [(1, "one"), (3, " two "), (4, "three")]
+
+
+def test_saved_datasets_folder_and_its_splits(tmp_path: Path) -> None:
+    train, test = datasets.Dataset.from_list(ROWS), datasets.Dataset.from_list(ROWS[:1])
+    datasets.DatasetDict({"train": train, "test": test}).save_to_disk(str(tmp_path / "both"))
+    train.save_to_disk(str(tmp_path / "one"))
+    assert rows_of(tmp_path / "both") == rows_of(tmp_path / "one") == ROWS
+    assert rows_of(tmp_path / "both", split="test") == ROWS[:1]
+    assert rows_of(tmp_path / "both", split="train[1:]") == ROWS[1:]
+    assert count_hint(spec(tmp_path / "both", split="test")) == 1
+    assert "no split 'tset'; it has train, test; did you mean 'test'?" in error_of(tmp_path / "both", split="tset")
+    assert "without splits" in error_of(tmp_path / "one", split="test")
+    assert source_fingerprint(spec(tmp_path / "both")) != source_fingerprint(spec(tmp_path / "both", split="test"))
+
+
+def test_folder_files_by_data_files_split_and_kind(tmp_path: Path) -> None:
+    for name, row in (("b/train-0.jsonl", ROWS[0]), ("extra.jsonl", ROWS[1]), ("test.jsonl", ROWS[2])):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(jsonl([row]))
+    (tmp_path / "README.md").write_text("not data")
+    assert rows_of(tmp_path) == ROWS[:2]  # the test file is never trained on
+    assert rows_of(tmp_path, split="test") == ROWS[2:]
+    assert rows_of(tmp_path, data_files=["test.jsonl", "b/*.jsonl"]) == [ROWS[2], ROWS[0]]
+    assert "did you mean" in error_of(tmp_path, data_files="extrra.jsonl")
+    assert "no split 'validation'; by their names its files belong to: test, train" in error_of(
+        tmp_path, split="validation"
+    )
+    write_csv(tmp_path / "more.csv")
+    assert "csv and json files; say which with `ds_type`" in error_of(tmp_path)
+    assert rows_of(tmp_path, ds_type="csv") == ROWS
+
+
+def test_slices_of_a_local_split(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    rows = [{"text": str(number)} for number in range(10)]
+    path.write_bytes(jsonl(rows))
+    assert rows_of(path, split="train[2:4]") == rows[2:4]
+    assert rows_of(path, split="train[-3:]") == rows[-3:]
+    assert rows_of(path, split="train[50%:]") == rows[5:]
+    assert [row.number for row in iter_rows(spec(path, split="train[:10%]"))] == [1]
+    assert count_hint(spec(path, split="train[80%:]")) == 2
+    assert "not understood" in error_of(path, split="train[a:b]")
+    assert "only the split 'train'" in error_of(path, split="test")
+
+
+def test_arrow_padding_is_taken_out_of_structs_and_null_columns_stay(tmp_path: Path) -> None:
+    calls = [{"arguments": {"city": "Rome"}}, {"arguments": {"date": "now"}}]
+    pq.write_table(pa.Table.from_pylist([{"calls": calls, "tools": None}]), tmp_path / "a.parquet")
+    assert rows_of(tmp_path / "a.parquet") == [{"calls": calls, "tools": None}]
+    (tmp_path / "a.jsonl").write_bytes(jsonl([{"call": {"city": None}}]))
+    assert rows_of(tmp_path / "a.jsonl") == [{"call": {"city": None}}]  # a null that the user wrote
+
+
+BROKEN: dict[str, tuple[str, bytes, str]] = {
+    "broken line": ("a.jsonl", b'{"text": "x"}\n{"text": \n', "a.jsonl line 2, column 9: broken JSON"),
+    "not an object": ("a.jsonl", b'{"text": "x"}\n"word"\n', "a.jsonl line 2: a JSON str; expected an object"),
+    "not UTF-8": ("a.jsonl", b'{"text": "\xff"}\n', "a.jsonl line 1: is not UTF-8"),
+    "array without comma": ("a.json", b'[{"a": 1}\n{"a": 2}]', "a.json line 2: broken JSON (no comma or ]"),
+    "array cut short": ("a.json", b'[{"a": 1},\n{"a": 2', "a.json line 2: broken JSON"),
+    "array of numbers": ("a.json", b"[1, 2]", "item 1 is a JSON int; expected an array of objects"),
+    "empty": ("a.jsonl", b"", "no rows"),
+    "empty array": ("a.json", b"[]", "no rows"),
+    "blank lines": ("a.jsonl", b"\n\n", "no rows"),
+    "unknown extension": ("a.dat", b"{}", "cannot tell the file format from its name; expected one of .json, .jsonl"),
+    "Parquet named JSONL": ("a.jsonl", b"PAR1xxxx", "is a Parquet file by its content; expected one JSON object"),
+    "no Parquet": ("a.parquet", b"hello", "cannot be read as Parquet"),
+    "no Arrow": ("a.arrow", b"hello there", "cannot be read as Arrow"),
+    "cut gzip": ("a.jsonl.gz", gzip.compress(jsonl() * 50)[:-9], "cannot be read"),
+    "no zstd": ("a.jsonl.zst", b"hello there", "cannot be read"),
+    "CSV with a long row": ("a.csv", b"a,b\n1,2,3\n", "a.csv row 1: not the 2 fields that the first line names (a, b)"),
+    "CSV with a short row": ("a.csv", b"a,b\n1,2\n1\n", "a.csv row 2: not the 2 fields"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_file_gives_one_message(tmp_path: Path, case: str) -> None:
+    name, content, message = BROKEN[case]
+    (tmp_path / name).write_bytes(content)
+    assert message in error_of(tmp_path / name)
+
+
+def test_unreadable_lines_can_be_left_out_and_are_reported(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"a": 1}\n{broken\n7\n{"a": 2}\n')
+    left_out: list[tuple[int, str]] = []
+    rows = list(iter_rows(spec(tmp_path / "a.jsonl"), lambda number, error: left_out.append((number, str(error)))))
+    assert [(row.number, row.data) for row in rows] == [(1, {"a": 1}), (4, {"a": 2})]
+    assert [number for number, _ in left_out] == [2, 3]
+    assert "broken JSON" in left_out[0][1]
+
+
+def test_a_missing_file_names_the_nearest(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_bytes(jsonl())
+    assert f"did you mean {tmp_path / 'train.jsonl'}?" in error_of(tmp_path / "trian.jsonl")
+    assert "does not exist either" in error_of(tmp_path / "nowhere" / "a.jsonl")
+    assert "`data_files` has no meaning" in error_of(tmp_path / "train.jsonl", data_files="x")
+
+
+def test_a_big_file_is_not_read_ahead(tmp_path: Path) -> None:
+    """The second line is broken: whoever reads only the first row must not notice."""
+    (tmp_path / "a.jsonl").write_bytes(b'{"a": 1}\n{broken\n')
+    assert next(iter_rows(spec(tmp_path / "a.jsonl"))).data == {"a": 1}
+
+
+def test_the_fingerprint_is_that_of_the_bytes(tmp_path: Path) -> None:
+    first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    first.write_bytes(jsonl())
+    second.write_bytes(jsonl())
+    assert source_fingerprint(spec(first)) == source_fingerprint(spec(second))
+    second.write_bytes(jsonl(ROWS[::-1]))
+    assert source_fingerprint(spec(first)) != source_fingerprint(spec(second))
+
+
+def test_hub_data_sets_go_through_load_dataset_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def load_dataset(path: str, name: str | None, **keys: Any) -> datasets.Dataset:
+        asked.append((path, name, keys))
+        if keys["split"] == "tset":
+            raise ValueError("Unknown split 'tset'. Should be one of ['train'].")
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    sources._hub_dataset.cache_clear()
+    hub = spec("someone/some-data", name="main", split="train[:5]", revision="v1", data_files="a/*.json")
+    assert [row.data for row in iter_rows(hub)] == ROWS
+    assert next(iter_rows(hub)).where == "someone/some-data row 1"
+    assert count_hint(hub) == 3
+    assert source_fingerprint(hub)
+    assert asked == [
+        ("someone/some-data", "main", {"data_files": ["a/*.json"], "revision": "v1", "split": "train[:5]"})
+    ]
+    assert "Unknown split 'tset'" in error_of("someone/some-data", split="tset")
+    sources._hub_dataset.cache_clear()
