@@ -16,7 +16,7 @@ from eft.callbacks import CallbackContext, RunOutcome, build_callbacks
 from eft.config.identity import identity_hash
 from eft.config.load import config_from_mapping
 from eft.config.root import TrainConfig
-from eft.config.usage import effective_keys
+from eft.config.usage import KEYS_OF_CALLER, effective_keys
 from eft.core.errors import ModelError
 from eft.core.records import PromiseResult
 from eft.data.batches import BatchSource
@@ -38,7 +38,7 @@ from eft.runtime.offload import activation_offloading
 from eft.runtime.rng import load_rng, save_rng
 from eft.trainer.parts import FlowRules, TrainerParts
 from eft.trainer.trainer import EftTrainer
-from eft.trainer.training_args import build_training_arguments
+from eft.trainer.training_args import build_training_arguments, set_tracker_environment
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +60,9 @@ class HFCausalTrainerBuilder:
 
     `train_dataset` and `eval_dataset` may be set before `build`, or on the trainer after it.
     """
+
+    trainer_class: type[EftTrainer] = EftTrainer
+    """What `build` makes; a subclass of EftTrainer may be set instead."""
 
     def __init__(
         self,
@@ -94,6 +97,8 @@ class HFCausalTrainerBuilder:
         self.console: Console | None = None
         self.keys_read_before: frozenset[str] = frozenset()
         """Keys that were read from another copy of the config, such as those of data prepared earlier."""
+        self.keys_of_others: frozenset[str] = KEYS_OF_CALLER
+        """Keys that are none of the trainer's business; promise E8 leaves them to whoever made the model and the data."""
 
     def build(self, total_num_steps: int | None = None) -> EftTrainer:
         """The trainer, ready for `train()`.
@@ -107,8 +112,9 @@ class HFCausalTrainerBuilder:
         precision = resolve_precision(config, self.environment)
         batch = batch_of(config, self.environment.world_size)
         set_dtypes(self.model)
+        set_tracker_environment(config)
         support = self._install_attention(precision)
-        trainer = EftTrainer(
+        trainer = self.trainer_class(
             self._parts(support, batch),
             total_num_steps=total_num_steps or None,
             model=self.model,
@@ -217,7 +223,7 @@ class HFCausalTrainerBuilder:
         )
 
     def _check_keys_read(self) -> PromiseResult:
-        return effective_keys(self.config, read_before=self.keys_read_before)
+        return effective_keys(self.config, read_before=self.keys_read_before, exempt=self.keys_of_others)
 
 
 def flow_rules(config: TrainConfig) -> FlowRules:

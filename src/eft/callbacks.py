@@ -70,11 +70,6 @@ class MetricsFile(TrainerCallback):
         row = {name: value for name, value in logs.items() if self.with_rates or "per_second" not in name}
         self.writer.write({"step": state.global_step, "time": round(time.time() - self.start, 3), **row})
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Mark the save in the file."""
-        if self.writer is not None:
-            self.writer.write({"event": "save", "step": state.global_step, "time": round(time.time() - self.start, 3)})
-
 
 class ProgressLine(TrainerCallback):
     """One line: step, loss, learning rate, tokens/s, time left. Redrawn in place on a terminal, sparse in a log file."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import resource
 import time
 from collections.abc import Callable, Mapping
@@ -22,7 +21,7 @@ from eft.config.identity import differences, identity
 from eft.config.dump import show_config
 from eft.config.load import LoadedConfig
 from eft.config.root import TrainConfig
-from eft.config.usage import keys_read
+from eft.config.usage import KEYS_OF_RUN, keys_read
 from eft.core import constants
 from eft.core.atomic import write_json, write_text
 from eft.core.errors import ConfigError, DataError, PromiseBroken
@@ -137,6 +136,21 @@ def setup_trainer(
     return builder.build(total_num_steps)
 
 
+@dataclass(frozen=True)
+class ExportSettings:
+    """How the final weights are written; read when the run is set up, so that E8 sees the keys are in use."""
+
+    dtype: torch.dtype | None
+    verify: bool
+    gguf_file: str | None
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> ExportSettings:
+        """The config's settings."""
+        dtype = getattr(torch, config.save_dtype) if config.save_dtype is not None else None
+        return cls(dtype, config.verify_saves == "ends", config.gguf_file)
+
+
 @dataclass
 class Run:
     """What the phases of one run share."""
@@ -149,6 +163,7 @@ class Run:
     trainer: EftTrainer
     console: Console | None
     outcome: RunOutcome
+    export: ExportSettings
 
     @property
     def path(self) -> Path:
@@ -187,7 +202,6 @@ def train(
     folder = claim_run_folder(
         Path(config.output_dir), identity(config), overwrite=overwrite, differences=differences
     )
-    set_tracker_environment(config)
     set_seed(config.seed)
     run = _assemble(config, folder, dataset_meta, console)
     _write_start(run, origins or {})
@@ -215,11 +229,11 @@ def _assemble(
     model = load_trainable_model(config, tokenizer)
     builder = HFCausalTrainerBuilder(config, model, tokenizer)
     builder.console = console
-    builder.keys_read_before = meta.keys_read
+    builder.keys_read_before, builder.keys_of_others = meta.keys_read, KEYS_OF_RUN
     builder.train_dataset, builder.eval_dataset = meta.train_dataset, meta.eval_dataset
     # The plan decides the steps; a number from elsewhere would only repeat it.
     trainer = builder.build(None)
-    return Run(config, folder, tokenizer, meta, model, trainer, console, builder.outcome)
+    return Run(config, folder, tokenizer, meta, model, trainer, console, builder.outcome, ExportSettings.of(config))
 
 
 def _write_start(run: Run, origins: Mapping[str, str]) -> None:
@@ -319,12 +333,13 @@ def _finish(run: Run, result: Any, seconds: float) -> None:
 
 def _export(run: Run) -> list[PromiseResult]:
     """Write the final weights at the top of the output folder and prove that they are what was trained (E6)."""
-    trainer, config = run.trainer, run.config
+    trainer, export = run.trainer, run.export
     with trainer.parts.evaluation_weights(trainer.plain_optimizer()):
-        dtype = getattr(torch, config.save_dtype) if config.save_dtype is not None else None
-        manifest = export_model(run.model, run.tokenizer, run.path, save_dtype=dtype, gguf_file=config.gguf_file)
+        manifest = export_model(
+            run.model, run.tokenizer, run.path, save_dtype=export.dtype, gguf_file=export.gguf_file
+        )
         results = [check_saved_tensors(run.path, run.model, getattr(torch, manifest["dtype"]))]
-        if config.verify_saves == "ends":
+        if export.verify:
             results.append(verify_export(run.path, run.model, run.tokenizer, _probe_document(run)))
     return results
 
@@ -365,16 +380,3 @@ def _summary(run: Run, result: Any, seconds: float) -> dict[str, Any]:
         "exit_reason": run.outcome.reason,
         "environment": versions(),
     }
-
-
-def set_tracker_environment(config: TrainConfig) -> None:
-    """Hand names and addresses to the trackers the way their Trainer integrations read them."""
-    values = {
-        "WANDB_PROJECT": config.wandb_project if config.use_wandb else None,
-        "WANDB_ENTITY": config.wandb_entity if config.use_wandb else None,
-        "MLFLOW_TRACKING_URI": config.mlflow_tracking_uri if config.use_mlflow else None,
-        "MLFLOW_EXPERIMENT_NAME": config.mlflow_experiment_name if config.use_mlflow else None,
-    }
-    for name, value in values.items():
-        if value is not None:
-            os.environ[name] = value

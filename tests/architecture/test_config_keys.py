@@ -10,7 +10,7 @@ from eft.config.root import TrainConfig
 
 SOURCE = Path(__file__).parents[2] / "src" / "eft"
 
-NOT_YET: frozenset[str] = frozenset({"trackio_project_name"})
+NOT_YET: frozenset[str] = frozenset()
 """Declared keys whose reader is still to be written. Only ever made shorter."""
 
 

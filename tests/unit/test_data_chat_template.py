@@ -199,6 +199,48 @@ def test_blanks_swallowed_by_special_tokens_do_not_train_the_prompt() -> None:
     assert tokenizer.decode(sample.input_ids[sample.labels != IGNORE_INDEX]) == "two<|im_end|>"
 
 
+def test_offsets_that_leave_out_blanks() -> None:
+    """Llama 3's and SmolLM2's tokenizers trim blanks off a token's characters, so a token of blanks looks empty."""
+    from tokenizers import processors
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    assert tokenizer("one  ", return_offsets_mapping=True)["offset_mapping"][-1] == (5, 5)
+    (sample,) = encode_conversations(
+        tokenizer,
+        TINY_CHATML,
+        [Example("x", messages=chat("hello ", "one  "))],
+        roles_to_train=["assistant"],
+        train_on_eos="none",
+        train_on_inputs=False,
+    )
+    assert isinstance(sample, TokenSample)
+    assert tokenizer.decode(sample.input_ids[sample.labels != IGNORE_INDEX]) == "one  "
+
+
+def test_a_long_conversation_is_rendered_once_per_answer_and_little_more() -> None:
+    class Counting(PreTrainedTokenizerFast):
+        calls = 0
+
+        def apply_chat_template(self, *args: Any, **keys: Any) -> Any:
+            type(self).calls += 1
+            return super().apply_chat_template(*args, **keys)
+
+    tokenizer = Counting(tokenizer_object=tiny_tokenizer().backend_tokenizer, eos_token="<|im_end|>")
+    messages = chat(*[str(number) for number in range(40)])
+    encode_conversation(
+        tokenizer,
+        TINY_CHATML,
+        messages,
+        None,
+        roles_to_train=["assistant"],
+        train_on_eos="turn",
+        train_on_inputs=False,
+        where="x",
+    )
+    assert Counting.calls <= 20 + 2
+
+
 def test_one_refused_conversation_leaves_the_others_of_its_batch() -> None:
     examples = [
         Example("x row 1", messages=chat("one", "two")),

@@ -210,5 +210,7 @@ def test_hub_data_sets_go_through_load_dataset_once(monkeypatch: pytest.MonkeyPa
     assert asked == [
         ("someone/some-data", "main", {"data_files": ["a/*.json"], "revision": "v1", "split": "train[:5]"})
     ]
-    assert "Unknown split 'tset'" in error_of("someone/some-data", split="tset")
+    message = error_of("someone/some-data", split="tset")
+    assert message.startswith("someone/some-data: no local file or folder, and no readable hub data set (ValueError: ")
+    assert "Unknown split 'tset'" in message
     sources._hub_dataset.cache_clear()

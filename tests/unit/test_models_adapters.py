@@ -21,6 +21,7 @@ from eft.models.adapters import (
     set_dtypes,
     trained_base_parameters,
 )
+from eft.models.load import describe_model
 from tests.tiny_models import HIDDEN_SIZE, VOCAB_SIZE, tiny_model
 
 # peft reads a property that transformers has renamed; theirs to mend.
@@ -235,6 +236,14 @@ def test_dtypes_of_a_partly_frozen_model() -> None:
     assert trained.bytes == 4 * trained.parameters == 4 * (VOCAB_SIZE * HIDDEN_SIZE + HIDDEN_SIZE)
     assert (frozen.role, frozen.dtype, frozen.bytes) == ("frozen", "bfloat16", 2 * frozen.parameters)
     assert trained.parameters + frozen.parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_an_adapted_model_is_described_by_its_base() -> None:
+    model = apply_adapter(tiny_model("llama"), _lora(lora_modules_to_save=["lm_head"]), seed=1)
+    facts = describe_model(model)
+    assert (facts["architecture"], facts["model_type"], facts["layers"]) == ("LlamaForCausalLM", "llama", 2)
+    assert facts["trainable_parameters"] == sum(parameter.numel() for parameter in _trained(model).values())
+    assert facts["parameters"] == sum(parameter.numel() for parameter in model.parameters())
 
 
 def test_dtypes_of_an_adapter() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers import logging as transformers_logging
@@ -156,6 +156,7 @@ def test_an_adapter_is_saved_as_an_adapter(tmp_path: Path, keys: dict[str, Any],
     assert not model.peft_config["default"].inference_mode
     _assert_passes(tmp_path / "out", model, BF16)
     names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir()}) == 1
     assert {"adapter_model.safetensors", "adapter_config.json", "manifest.json", "tokenizer.json"} <= names
     assert "model.safetensors" not in names
     auto = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -233,10 +234,15 @@ def _flip_byte(file: Path, *, mend_manifest: bool) -> None:
     data[-1] ^= 0x11
     file.write_bytes(data)
     if mend_manifest:
-        path = file.parent / "manifest.json"
-        manifest = json.loads(path.read_text())
-        manifest["files"][file.name]["sha256"] = hash_file(file)
-        path.write_text(json.dumps(manifest))
+        _mend_manifest(file)
+
+
+def _mend_manifest(file: Path) -> None:
+    """Make the manifest agree with a file that was changed, so that only the tensors can tell."""
+    path = file.parent / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["files"][file.name] = {"sha256": hash_file(file), "size": file.stat().st_size}
+    path.write_text(json.dumps(manifest))
 
 
 @pytest.mark.parametrize("mend_manifest", [True, False])
@@ -269,6 +275,18 @@ def test_what_was_left_out_is_found(tmp_path: Path) -> None:
     assert "adapter_config.json is missing" in check_saved_tensors(tmp_path / "out", model, BF16).detail
     (tmp_path / "out" / "manifest.json").unlink()
     assert "never finished" in check_saved_tensors(tmp_path / "out", model, BF16).detail
+
+
+def test_a_tensor_missing_on_disk_is_found(tmp_path: Path) -> None:
+    model = _base(tmp_path / "base")
+    export_model(model, TOKENIZER, tmp_path / "out", save_dtype=None)
+    file = tmp_path / "out" / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.norm.weight"]
+    save_file(tensors, file)
+    _mend_manifest(file)
+    result = check_saved_tensors(tmp_path / "out", model, BF16)
+    assert (result.status, result.detail) == ("fail", "model.norm.weight was not saved")
 
 
 @pytest.mark.usefixtures("in_process")

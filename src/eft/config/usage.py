@@ -4,8 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
+from eft.config.data import DataConfig
+from eft.config.model import AdapterConfig, FreezingConfig, ModelConfig
 from eft.config.section import Section
 from eft.core.records import PromiseResult
+
+KEYS_OF_RUN = frozenset(
+    {
+        "resume_from_checkpoint",
+        "auto_resume_from_checkpoints",
+        "generate_samples",
+        "num_generation_samples",
+        "generation_max_new_tokens",
+        "save_dtype",
+        "verify_saves",
+    }
+)
+"""Read by `eft.run` itself, some of them only after the training."""
+
+KEYS_OF_CALLER = KEYS_OF_RUN.union(*(part.model_fields for part in (ModelConfig, FreezingConfig, AdapterConfig, DataConfig)))
+"""Whoever gives the builder a model and data of their own has loaded and prepared them, by these keys or otherwise."""
 
 
 def keys_read(config: Section) -> frozenset[str]:
@@ -51,17 +69,23 @@ def unused_message(unused: Collection[str], origins: Mapping[str, str] | None = 
     return f"{head}: {lines[0]}" if len(lines) == 1 else head + ":\n" + "\n".join(f"  {line}" for line in lines)
 
 
-def effective_keys(config: Section, *, read_before: Collection[str] = ()) -> PromiseResult:
+def effective_keys(
+    config: Section, *, read_before: Collection[str] = (), exempt: Collection[str] = ()
+) -> PromiseResult:
     """Promise E8 for one run, asked when everything has been set up.
 
     Args:
         config: the config that the components were given.
         read_before: keys read from another copy of the config, such as those of data prepared earlier.
+        exempt: keys that somebody else heeds; naming a list (`datasets`) exempts its entries.
     """
-    unused = unused_keys(config, read_before=read_before)
+    unused = unused_keys(config, exempt, read_before=read_before)
     changed = changed_keys(config)
     numbers = {"changed": float(len(changed)), "unused": float(len(unused))}
     if unused:
         return PromiseResult("E8", "effective keys", "fail", unused_message(unused), numbers)
-    detail = f"all {len(changed)} keys that differ from their defaults were read"
+    left = len(unused_keys(config, read_before=read_before))
+    detail = f"all {len(changed) - left} keys that differ from their defaults were read"
+    if left:
+        detail += f"; {left} more are read by what is around the trainer"
     return PromiseResult("E8", "effective keys", "pass", detail, numbers)

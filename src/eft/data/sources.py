@@ -294,7 +294,6 @@ def _hub_dataset(path: str, name: str | None, files: tuple[str, ...], revision: 
     try:
         return datasets.load_dataset(path, name, data_files=list(files) or None, revision=revision, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(
-            f"{path}: neither a local path{_nearest_file(Path(path))} nor a readable hub data set "
-            f"({type(error).__name__}: {error})"
-        ) from error
+        hint = _nearest_file(Path(path)) if Path(path).parent.is_dir() else ""
+        problem = f"{type(error).__name__}: {error}"
+        raise DataError(f"{path}: no local file or folder{hint}, and no readable hub data set ({problem})") from error

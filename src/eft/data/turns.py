@@ -50,8 +50,7 @@ class TokenizerFacts:
         if isinstance(tokenizer.eos_token, str):
             special.setdefault(tokenizer.eos_token, int(tokenizer.convert_tokens_to_ids(tokenizer.eos_token)))
         self.special_ids = np.array(sorted(special.values()), dtype=np.int64)
-        ends = {content for content in special if content != tokenizer.bos_token or content == tokenizer.eos_token}
-        longest_first = sorted(ends, key=lambda content: (-len(content), content))
+        longest_first = sorted(special, key=len, reverse=True)
         self.end_token = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         plain = [token.content for token in added.values() if not token.special and token.content.strip()]
         plain.sort(key=len, reverse=True)

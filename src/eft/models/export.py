@@ -27,7 +27,6 @@ from eft.models.load import base_dtype
 from eft.models.plain import (
     adapter_name_of,
     adapter_state,
-    base_model_of,
     cast_floats,
     plain_base,
     plain_instance,
@@ -61,7 +60,7 @@ def export_model(
     changed. Files appear in `folder` one by one once all of them are on disk, `manifest.json` (sha256 and size of each)
     last; files of an earlier export that the new one does not have are removed.
     """
-    dtype = save_dtype or base_dtype(base_model_of(model))
+    dtype = save_dtype or base_dtype(model)
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f"{TEMPORARY_MARK}export.{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -72,6 +71,8 @@ def export_model(
         else:
             facts = _write_model(model, tokenizer, temporary, dtype)
         _write_tokenizer(tokenizer, temporary, chat_template)
+        for path in temporary.iterdir():
+            path.chmod(temporary.stat().st_mode & 0o666)  # safetensors makes files that only their owner may read
         manifest = {
             "kind": "export",
             "dtype": str(dtype).removeprefix("torch."),
@@ -186,7 +187,7 @@ def merge_adapter(
     """
     if isinstance(source, PeftModel):
         assert tokenizer is not None, "a live model comes without its tokenizer"
-        dtype = base_dtype(base_model_of(source))
+        dtype = base_dtype(source)
         adapted = plain_instance(source, torch.float32)
     else:
         adapted, dtype = _load_adapted(source)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
@@ -17,6 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from eft.config.model import ModelConfig
 from eft.core.errors import ModelError, nearest
 from eft.models.location import is_local, nearest_folder, resolve_location
+from eft.models.plain import base_model_of
 from eft.models.seeding import seeded_rng
 
 TRAINABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -140,12 +141,12 @@ def _first_lines(error: BaseException) -> str:
     return " ".join(str(error).strip().splitlines()[:2])
 
 
-def base_dtype(model: nn.Module) -> torch.dtype:
+def base_dtype(model: PreTrainedModel | PeftModel) -> torch.dtype:
     """The dtype of the base checkpoint: what the config recorded at load, else that of most parameters.
 
     Still right after `set_dtypes` has raised the trainable parameters to fp32.
     """
-    recorded = model.config.dtype if isinstance(model, PreTrainedModel) else None
+    recorded = base_model_of(model).config.dtype
     if isinstance(recorded, torch.dtype):
         return recorded
     sizes: Counter[torch.dtype] = Counter()
@@ -155,15 +156,15 @@ def base_dtype(model: nn.Module) -> torch.dtype:
     return sizes.most_common(1)[0][0]
 
 
-def describe_model(model: PreTrainedModel) -> dict[str, Any]:
+def describe_model(model: PreTrainedModel | PeftModel) -> dict[str, Any]:
     """Numbers for the start-up table and for balancing ranks.
 
     `attention_cost_ratio` k makes `tokens + k·Σ len²` proportional to a forward pass over documents of length len: a
     token costs 2·P in the matrix products (P parameters without the input embedding) and 4·len·width·layers in
     attention, so k = 2·layers·width / P.
     """
-    # peft's base keeps the config object, so this also works for a PeftModel.
-    shape = model.config.get_text_config()
+    base = base_model_of(model)
+    shape = base.config.get_text_config()
     heads = int(shape.num_attention_heads)
     head_dim = int(getattr(shape, "head_dim", None) or shape.hidden_size // heads)
     total = trainable = 0
@@ -172,14 +173,14 @@ def describe_model(model: PreTrainedModel) -> dict[str, Any]:
         total += parameter.numel()
         trainable += parameter.numel() if parameter.requires_grad else 0
         bytes_by_dtype[str(parameter.dtype).removeprefix("torch.")] += parameter.numel() * parameter.element_size()
-    embedding = model.get_input_embeddings().weight
-    output = model.get_output_embeddings()
+    embedding = base.get_input_embeddings().weight
+    output = base.get_output_embeddings()
     tied = output is not None and output.weight is embedding
     multiplied = max(1, total - (0 if tied else embedding.numel()))
     layers = int(shape.num_hidden_layers)
     return {
-        "architecture": (model.config.architectures or [type(model).__name__])[0],
-        "model_type": model.config.model_type,
+        "architecture": type(base).__name__,
+        "model_type": base.config.model_type,
         "parameters": total,
         "trainable_parameters": trainable,
         "bytes_by_dtype": dict(bytes_by_dtype),

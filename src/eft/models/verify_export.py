@@ -25,7 +25,6 @@ from eft.core.records import PromiseResult
 from eft.models.load import base_dtype
 from eft.models.plain import (
     adapter_state,
-    base_model_of,
     base_state,
     id_of,
     live_adapter_state,
@@ -155,7 +154,7 @@ def verify_export(
     if child is None:
         return PromiseResult("E6", title, "fail", f"plain transformers could not load {folder}: {error}")
     dtype: torch.dtype = getattr(torch, manifest["dtype"])
-    weights_dtype = base_dtype(base_model_of(model)) if isinstance(model, PeftModel) else dtype
+    weights_dtype = base_dtype(model) if isinstance(model, PeftModel) else dtype
     expected = probe_logits(plain_instance(model, weights_dtype, adapter_dtype=dtype), ids)
     numbers = {"tokens": float(len(ids)), "seconds": round(time.monotonic() - started, 1)}
     logits = child["logits"]

@@ -37,10 +37,9 @@ def figure(chart: Chart) -> Markup:
     """The whole `<figure>`, or a short note when there is nothing finite to draw."""
     series = [thin(s, POINT_LIMIT) for s in chart.series if any(math.isfinite(v) for v in s.y)]
     if not series:
-        body = element("p", f"No values in {escape('metrics.jsonl')}.", class_="empty")
+        body = element("p", "No values in metrics.jsonl.", class_="empty")
         return element("figure", _caption(chart, [], None) + body, class_="chart")
     values = [v for s in series for v in s.y]
-    # Whether the axis is logarithmic is decided by the boldest curves: a faint raw line may have single outliers.
     log = chart.scale == "auto" and wants_log(values)
     y_axis = value_axis(values, log=log, from_zero=chart.from_zero)
     x_axis = step_axis(min(min(s.x) for s in series), max(max(s.x) for s in series))

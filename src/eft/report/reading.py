@@ -2,8 +2,8 @@
 
 Of `summary.json` (written by `run`) these keys are shown, each optional: `steps`, `training_loss`, `eval_loss_first`,
 `eval_loss`, `seconds`, `tokens`, `tokens_per_second`, `peak_memory_mib`, `parameters_total`, `parameters_trainable`,
-`exit_reason`, `environment` (a flat mapping), and `measures` ({name: {"before": number, "after": number, "note": text}};
-numbers from 0 to 1 are shares).
+`exit_reason`, `environment` (a flat mapping) and `measures`: {name: {"before": number, "after": number, "note": text}},
+in shares from 0 to 1.
 """
 
 from __future__ import annotations

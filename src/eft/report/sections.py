@@ -124,7 +124,7 @@ def _sample(row: Json) -> Markup:
         text = (
             element("pre", escape(text_of(row[name])))
             if text_of(row[name])
-            else element("span", "(empty)", class_="nums")
+            else element("span", "(no answer)", class_="nums")
         )
         answers.append(element("div", heading + text, class_="answer match" if match else "answer"))
     body = join(_turn(turn) for turn in turns) + element("div", join(answers), class_="answers")

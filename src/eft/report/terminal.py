@@ -109,17 +109,24 @@ def curve(title: str, values: Sequence[float], *, width: int = 60, height: int =
     columns = min(2 * width, max(2, len(values)))
     cells = [[0] * ((columns + 1) // 2) for _ in range(height)]
     rows = 4 * height - 1
+    before: int | None = None
     for column in range(columns):
-        value = values[column * (len(values) - 1) // max(1, columns - 1)]
-        if math.isfinite(value):
-            row = round((high - value) / (high - low) * rows) if high > low else rows // 2
-            cells[row // 4][column // 2] |= _DOTS[row % 4][column % 2]
+        value = values[column * (len(values) - 1) // (columns - 1)]
+        if not math.isfinite(value):
+            before = None
+            continue
+        row = round((high - value) / (high - low) * rows) if high > low else rows // 2
+        # A steep piece is a vertical line, not a hole.
+        start = row if before is None else before + (row > before) - (row < before)
+        for dot in range(min(start, row), max(start, row) + 1):
+            cells[dot // 4][column // 2] |= _DOTS[dot % 4][column % 2]
+        before = row
     labels = [format_number(high), *[""] * (height - 2), format_number(low)]
     margin = max(len(label) for label in labels)
     lines = [
         f"{label:>{margin}} │{''.join(chr(_BRAILLE + c) for c in row)}"
         for label, row in zip(labels, cells, strict=True)
     ]
-    steps = f"{len(values):,}"
-    axis = f"{'':>{margin}} └{'─' * len(cells[0])}\n{'':>{margin}}  1{steps:>{max(1, len(cells[0]) - 1)}}"
+    steps = f"{len(values):,}" if len(values) > 1 else ""
+    axis = f"{'':>{margin}} └{'─' * len(cells[0])}\n{'':>{margin}}  1{steps:>{max(len(steps) + 1, len(cells[0]) - 1)}}"
     return Text(f"{title} by step\n" + "\n".join(lines) + f"\n{axis}")

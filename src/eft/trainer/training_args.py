@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -68,11 +69,26 @@ def build_training_arguments(
         disable_tqdm=True,
         report_to=_reporters(config),
         run_name=config.wandb_name or config.mlflow_run_name or config.trackio_run_name,
+        # Trackio's alone.
+        project=config.trackio_project_name or "eft",
         ddp_timeout=config.ddp_timeout,
         ddp_find_unused_parameters=config.ddp_find_unused_parameters,
         ddp_bucket_cap_mb=config.ddp_bucket_cap_mb,
         **_checkpointing(config),
     )
+
+
+def set_tracker_environment(config: TrainConfig) -> None:
+    """Hand names and addresses to the trackers the way their Trainer integrations read them."""
+    values = {
+        "WANDB_PROJECT": config.wandb_project if config.use_wandb else None,
+        "WANDB_ENTITY": config.wandb_entity if config.use_wandb else None,
+        "MLFLOW_TRACKING_URI": config.mlflow_tracking_uri if config.use_mlflow else None,
+        "MLFLOW_EXPERIMENT_NAME": config.mlflow_experiment_name if config.use_mlflow else None,
+    }
+    for name, value in values.items():
+        if value is not None:
+            os.environ[name] = value
 
 
 def _reporters(config: TrainConfig) -> list[str]:

@@ -55,9 +55,7 @@ def check_ledger(meta: DatasetMeta) -> PromiseResult:
     faults = [f"the data set has {there:,} {what}, the ledger {told:,}" for what, there, told in pairs if there != told]
     raw = sum(source.raw for source in meta.ledger.sources)
     rows = sum(source.rows for source in meta.ledger.sources)
-    balance = (
-        f"{rows:,} rows, {raw:,} raw tokens; training set: {trainable:,} trainable + {tokens - trainable:,} context"
-    )
+    balance = f"{rows:,} rows, {raw:,} raw tokens; {trainable:,} trainable + {tokens - trainable:,} context"
     numbers = {"rows": float(rows), "raw_tokens": float(raw), "trainable_tokens": float(trainable)}
     return PromiseResult("E5", title, "fail" if faults else "pass", "; ".join([*faults, balance]), numbers)
 
@@ -66,7 +64,9 @@ def check_plan(plan: Plan, micro_batch_size: int) -> PromiseResult:
     """Every sample exactly once in each whole epoch, at most once in a part of one; the same on 1, 2 and 3 ranks."""
     faults: list[str] = []
     shared = set(np.linspace(0, plan.total_steps - 1, MOST_SHARED_STEPS, dtype=np.int64).tolist())
-    for first, last in zip([0, *plan.epoch_ends], plan.epoch_ends, strict=False):
+    steps_of_epochs = [epoch["steps"] for epoch in plan.summary()["epochs"]]
+    for epoch, last in enumerate(plan.epoch_ends):
+        first = last - plan.steps_per_epoch[epoch]
         seen = np.zeros(len(plan.dataset), dtype=np.int64)
         for number in range(first, last):
             step = plan.step(number)
@@ -74,8 +74,7 @@ def check_plan(plan: Plan, micro_batch_size: int) -> PromiseResult:
             faults += _step_faults(plan, step)
             if number in shared:
                 faults += _share_faults(plan, step, micro_batch_size)
-        epoch = plan.step(first).epoch
-        whole = last - first == plan.steps_in_epoch(epoch)
+        whole = last - first == steps_of_epochs[epoch]
         if int(seen.max()) > 1 or (whole and int(seen.min()) < 1):
             missing, repeated = int((seen == 0).sum()), int((seen > 1).sum())
             faults.append(f"epoch {epoch}: {missing if whole else 0} samples missing, {repeated} repeated")

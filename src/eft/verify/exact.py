@@ -109,8 +109,8 @@ def plain_loss(model: nn.Module, documents: Sequence[TokenSample]) -> float:
         ids = torch.tensor(document.input_ids, dtype=torch.int64, device=device)
         logits = model(input_ids=ids[None], use_cache=False).logits[0]
         part = (weights * F.cross_entropy(logits[positions], targets, reduction="none")).sum() / total
-        part.backward()
-        loss += float(part)
+        part.backward()  # type: ignore[no-untyped-call]
+        loss += float(part.detach())
     return loss
 
 
@@ -147,6 +147,8 @@ def compare_gradients(measured: dict[str, Tensor], expected: dict[str, Tensor]) 
         wanted = expected.get(name, torch.zeros(()))
         gap = float((there.cpu() - wanted.cpu()).double().norm())
         share = gap / max(float(wanted.double().norm()), GRADIENT_FLOOR * norm, 1e-30)
-        if not share <= worst.share:
+        if math.isnan(share):
+            return GradientGap(share, name, norm)
+        if share > worst.share:
             worst = GradientGap(share, name, norm)
     return worst

@@ -1,0 +1,170 @@
+"""Tiny models, rows and trainers for tests that train: everything in one warm process, seconds per test."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from eft.builder import HFCausalTrainerBuilder
+from eft.config.load import config_from_mapping
+from eft.config.root import TrainConfig
+from eft.core.constants import IGNORE_INDEX
+from eft.trainer.trainer import EftTrainer
+from tests.tiny import tiny_tokenizer
+from tests.tiny_models import VOCAB_SIZE, tiny_model
+
+Rows = list[dict[str, Any]]
+MakeConfig = Callable[..., TrainConfig]
+MakeTrainer = Callable[..., EftTrainer]
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of about 300 tokens."""
+    return tiny_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def model_folder(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast
+) -> Callable[[str], Path]:
+    """Family to a saved model of it, whose vocabulary is the tokenizer's; made once."""
+    made: dict[str, Path] = {}
+
+    def folder_of(family: str) -> Path:
+        if family not in made:
+            folder = tmp_path_factory.mktemp(f"model-{family}")
+            tiny_model(
+                family,
+                vocab_size=len(tokenizer),
+                pad_token_id=tokenizer.pad_token_id,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+            ).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            made[family] = folder
+        return made[family]
+
+    return folder_of
+
+
+@pytest.fixture(scope="session")
+def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 conversations of uneven length."""
+    source = random.Random(0)
+    words = "one two three four five hello world Rome Paris France".split()
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    with path.open("w") as file:
+        for number in range(24):
+            question = " ".join(source.choices(words, k=source.randint(1, 8)))
+            answer = " ".join(source.choices(words, k=source.randint(1, 6)))
+            turns = [{"role": "user", "content": f"{question} {number}"}, {"role": "assistant", "content": answer}]
+            file.write(json.dumps({"messages": turns}) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def prepared_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One cache of token stores for the whole session."""
+    return tmp_path_factory.mktemp("prepared")
+
+
+@pytest.fixture
+def make_config(
+    tmp_path: Path, model_folder: Callable[[str], Path], rows_file: Path, prepared_path: Path
+) -> MakeConfig:
+    """Keys to a config: a tiny Llama, fp32, packed rows of 64 tokens, two bins a step; `output_dir` is `tmp_path`/out.
+
+    `verify_saves` is off, because it starts a process.
+    """
+
+    def make(family: str = "llama", **keys: Any) -> TrainConfig:
+        values = {
+            "base_model": str(model_folder(family)),
+            "datasets": [{"path": str(rows_file), "type": "chat_template"}],
+            "dataset_prepared_path": str(prepared_path),
+            "output_dir": str(tmp_path / "out"),
+            "sequence_len": 64,
+            "sample_packing": True,
+            "micro_batch_size": 1,
+            "gradient_accumulation_steps": 2,
+            "learning_rate": 1e-2,
+            "bf16": False,
+            "verify_saves": "never",
+        }
+        return config_from_mapping({**values, **keys})
+
+    return make
+
+
+@pytest.fixture
+def make_trainer(make_config: MakeConfig, tokenizer: PreTrainedTokenizerFast) -> MakeTrainer:
+    """A trainer over token rows, as the builder makes it: no file is read, no start check but those of the builder.
+
+    `keys` are config keys. The data keys of the config are not used by these runs, and neither are the model's, so
+    the builder is told that they were read.
+    """
+
+    def make(
+        rows: Any = None,
+        evals: Any = None,
+        *,
+        model: PreTrainedModel | None = None,
+        config: TrainConfig | None = None,
+        trainer_class: type[EftTrainer] = EftTrainer,
+        total_num_steps: int | None = None,
+        console: Any = None,
+        **keys: Any,
+    ) -> EftTrainer:
+        config = config if config is not None else make_config(**keys)
+        builder = HFCausalTrainerBuilder(config, tiny_model("llama") if model is None else model, tokenizer)
+        builder.trainer_class = trainer_class
+        builder.console = console
+        builder.keys_read_before = OUTSIDE_THE_BUILDER
+        builder.train_dataset = token_rows(12) if rows is None else rows
+        builder.eval_dataset = evals
+        return builder.build(total_num_steps)
+
+    return make
+
+
+OUTSIDE_THE_BUILDER = frozenset(
+    {
+        "base_model",
+        "datasets",
+        "datasets[0].path",
+        "datasets[0].type",
+        "dataset_prepared_path",
+        "val_set_size",
+        "verify_saves",
+        "lora_r",
+        "lora_alpha",
+        "lora_dropout",
+        "lora_target_modules",
+        "lora_target_linear",
+        "resume_from_checkpoint",
+        "mlflow_tracking_uri",
+        "mlflow_experiment_name",
+    }
+)
+"""Keys that `eft.run` reads before and after the builder."""
+
+
+def token_rows(count: int, *, longest: int = 30, seed: int = 0, lengths: Sequence[int] | None = None) -> Rows:
+    """Random tokenised rows of uneven length; a prompt of about a third of each row is not trained."""
+    generator = np.random.default_rng(seed)
+    rows = []
+    for index in range(count):
+        length = int(generator.integers(4, longest + 1)) if lengths is None else lengths[index]
+        ids = generator.integers(3, VOCAB_SIZE, length)
+        labels = ids.copy()
+        labels[: max(1, length // 3)] = IGNORE_INDEX
+        rows.append({"input_ids": ids.tolist(), "labels": labels.tolist()})
+    return rows
