@@ -98,7 +98,7 @@ class HFCausalTrainerBuilder:
         self.keys_read_before: frozenset[str] = frozenset()
         """Keys that were read from another copy of the config, such as those of data prepared earlier."""
         self.keys_of_others: frozenset[str] = KEYS_OF_CALLER
-        """Keys that are none of the trainer's business; promise E8 leaves them to whoever made the model and the data."""
+        """Keys that promise E8 leaves to whoever made the model and the data."""
 
     def build(self, total_num_steps: int | None = None) -> EftTrainer:
         """The trainer, ready for `train()`.

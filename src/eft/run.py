@@ -36,10 +36,11 @@ from eft.models.export import check_saved_tensors, export_model, verify_export
 from eft.models.generate import sample_texts
 from eft.models.load import load_model
 from eft.models.tokenizer import load_tokenizer, resize_embeddings
+from eft.optim.schedulers import schedule_options
 from eft.parallel.plan import batch_of
 from eft.runtime.checkpoint import CheckpointStore, verify_manifest
 from eft.runtime.env import Environment, resolve_precision, versions
-from eft.runtime.run_folder import RunFolder, claim_run_folder
+from eft.runtime.run_folder import RunFolder, check_run_folder, claim_run_folder
 from eft.start_table import Rows, start_rows
 from eft.trainer.trainer import EftTrainer
 
@@ -101,6 +102,17 @@ def plan_of(config: TrainConfig, dataset: Any, world_size: int) -> Plan:
     )
 
 
+def check_before_start(config: TrainConfig, *, overwrite: bool) -> None:
+    """What can be known before any row is read: the output folder, the schedule's and the batch's arithmetic.
+
+    Raises:
+        ConfigError, CheckpointError: as `train` would, only earlier.
+    """
+    check_run_folder(Path(config.output_dir), identity(config), overwrite=overwrite, differences=differences)
+    schedule_options(config)
+    batch_of(config, Environment.detect().world_size)
+
+
 def load_trainable_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """The base model with its new tokens, its adapter or its frozen part."""
     compute_dtype = resolve_precision(config, Environment.detect()).compute_dtype
@@ -118,18 +130,24 @@ def setup_trainer(
     tokenizer: PreTrainedTokenizerBase,
     processor: None = None,
     total_num_steps: int | None = None,
-    **rl: Any,
+    model_ref: PreTrainedModel | None = None,
+    peft_config: Any = None,
 ) -> EftTrainer:
     """Route to the causal-LM builder.
+
+    Args:
+        model_ref: reference model of preference methods; must be None.
+        peft_config: accepted for callers that pass it; what counts is whether `model` is wrapped.
 
     Raises:
         ConfigError: the config asks for reinforcement learning (`rl`), which is not part of eft.
     """
     method = cfg.get("rl") if isinstance(cfg, Mapping) else None
-    if method or any(value is not None for value in rl.values()):
+    if method or model_ref is not None:
+        asked = f"rl: {method}" if method else "model_ref: a reference model"
         raise ConfigError(
-            f"rl: {method or ', '.join(rl)!r} asks for preference or reinforcement learning, which is not part of eft: it "
-            "does supervised fine-tuning only. Remove `rl`, or use a trainer made for it."
+            f"{asked} asks for preference or reinforcement learning, which is not part of eft: it does supervised "
+            "fine-tuning only. Leave it out, or use a trainer made for it."
         )
     builder = HFCausalTrainerBuilder(cfg, model, tokenizer, processor)
     builder.train_dataset, builder.eval_dataset = train_dataset, eval_dataset

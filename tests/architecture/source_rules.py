@@ -147,7 +147,7 @@ def _written(node: ast.AST) -> Iterator[ast.Attribute | ast.Subscript]:
     targets: list[ast.expr] = []
     if isinstance(node, ast.Assign | ast.Delete):
         targets = list(node.targets)
-    elif isinstance(node, ast.AugAssign | ast.AnnAssign) or isinstance(node, ast.For | ast.AsyncFor):
+    elif isinstance(node, ast.AugAssign | ast.AnnAssign | ast.For | ast.AsyncFor):
         targets = [node.target]
     elif isinstance(node, ast.withitem) and node.optional_vars is not None:
         targets = [node.optional_vars]

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from eft.builder import HFCausalTrainerBuilder
 from eft.config.load import config_from_mapping
 from eft.config.root import TrainConfig
-from eft.core.constants import IGNORE_INDEX
 from eft.trainer.trainer import EftTrainer
+from tests.functional.reference import token_rows
 from tests.tiny import tiny_tokenizer
-from tests.tiny_models import VOCAB_SIZE, tiny_model
+from tests.tiny_models import tiny_model
 
-Rows = list[dict[str, Any]]
 MakeConfig = Callable[..., TrainConfig]
 MakeTrainer = Callable[..., EftTrainer]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _small_heap() -> None:
+    """Every `train()` collects garbage; without what the imports left there is little to walk through."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -155,16 +161,3 @@ OUTSIDE_THE_BUILDER = frozenset(
     }
 )
 """Keys that `eft.run` reads before and after the builder."""
-
-
-def token_rows(count: int, *, longest: int = 30, seed: int = 0, lengths: Sequence[int] | None = None) -> Rows:
-    """Random tokenised rows of uneven length; a prompt of about a third of each row is not trained."""
-    generator = np.random.default_rng(seed)
-    rows = []
-    for index in range(count):
-        length = int(generator.integers(4, longest + 1)) if lengths is None else lengths[index]
-        ids = generator.integers(3, VOCAB_SIZE, length)
-        labels = ids.copy()
-        labels[: max(1, length // 3)] = IGNORE_INDEX
-        rows.append({"input_ids": ids.tolist(), "labels": labels.tolist()})
-    return rows

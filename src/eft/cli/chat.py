@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from eft.cli.console import console, open_config, set_up_logging
+from eft.cli.console import console, open_config, quiet_libraries, set_up_logging
 from eft.cli.options import AllowUnsupported, ConfigPath, Overrides
 
 
@@ -24,6 +24,7 @@ def chat(
     """Talk to the model that CONFIG trained (or to --model), with the template it was trained on; greedy answers."""
     loaded = open_config(config, overrides, allow_unsupported=allow_unsupported)
     set_up_logging()
+    quiet_libraries()
     from eft.core.records import Message
     from eft.evaluate import load_trained
     from eft.models.generate import sample_texts

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from rich.text import Text
 from eft.config.load import LoadedConfig, load_config
 from eft.core.errors import EftError
 
-console = Console(highlight=False)
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 """stdout: what the command was asked for."""
 error_console = Console(stderr=True, highlight=False)
 """stderr: notes, log records and errors, never mixed into piped results."""
@@ -52,3 +54,16 @@ def set_up_logging(*, verbose: bool = False) -> None:
     handler.setFormatter(logging.Formatter("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("eft").setLevel(logging.DEBUG if verbose else logging.INFO)
+
+
+def quiet_libraries() -> None:
+    """Keep libraries from writing among our lines. To be called once they are to be imported anyway."""
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    # Deprecations between the libraries (peft calls a name that transformers has renamed) are not the user's to mend.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft")
+    warnings.filterwarnings("ignore", message=r"The PEFT config's `base_model_name_or_path` was renamed", module="peft")

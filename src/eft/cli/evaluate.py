@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from eft.cli.console import console, open_config, set_up_logging
+from eft.cli.console import console, open_config, quiet_libraries, set_up_logging
 from eft.cli.options import AllowUnsupported, ConfigPath, Overrides
 
 
@@ -19,6 +19,7 @@ def evaluate(
     """Print the loss on CONFIG's held-out data: Σ weight·NLL ÷ Σ weight over all of them, packed or not."""
     loaded = open_config(config, overrides, allow_unsupported=allow_unsupported)
     set_up_logging()
+    quiet_libraries()
     from eft.evaluate import evaluate_model
     from eft.report.terminal import quantities_table
 

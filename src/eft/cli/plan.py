@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from eft.cli.console import console, open_config, set_up_logging
+from eft.cli.console import console, open_config, quiet_libraries, set_up_logging
 from eft.cli.options import AllowUnsupported, ConfigPath, Overrides
 
 
@@ -21,6 +21,7 @@ def plan(
     """Show steps, fill, tokens per step, learning-rate curve, saves and evaluations of a run. Loads no model."""
     loaded = open_config(config, overrides, allow_unsupported=allow_unsupported)
     set_up_logging()
+    quiet_libraries()
     from eft import run
     from eft.builder import flow_rules
     from eft.optim.schedulers import learning_rates

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from eft.cli.console import console, open_config, set_up_logging
+from eft.cli.console import console, open_config, quiet_libraries, set_up_logging
 from eft.cli.options import AllowUnsupported, ConfigPath, Overrides
 
 
@@ -19,6 +19,7 @@ def preprocess(
     """Prepare the token store of CONFIG (or find it prepared), print the token ledger and some samples."""
     loaded = open_config(config, overrides, allow_unsupported=allow_unsupported)
     set_up_logging()
+    quiet_libraries()
     from eft import run
     from eft.cli.progress import data_progress
     from eft.report.terminal import ledger_table, trained_text

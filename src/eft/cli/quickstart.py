@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from eft.cli.console import console, open_config, set_up_logging
+from eft.cli.console import console, open_config, quiet_libraries, set_up_logging
 from eft.cli.options import Overrides
 
 
@@ -24,6 +24,7 @@ def quickstart(
         raise ConfigError(f"{config}: not found. Run `eft quickstart` in a clone of the project, or pass --config.")
     loaded = open_config(config, overrides)
     set_up_logging()
+    quiet_libraries()
     from eft import run
     from eft.data.dataset_meta import DatasetMeta
     from eft.quickstart.demo import RESULT_FILE, run_demo

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from eft.cli.console import console, open_config, set_up_logging
+from eft.cli.console import console, open_config, quiet_libraries, set_up_logging
+from eft.cli.progress import data_progress
 from eft.cli.options import AllowUnsupported, ConfigPath, Overrides
 
 
@@ -25,6 +26,7 @@ def train(
     """
     loaded = open_config(config, overrides, allow_unsupported=allow_unsupported)
     set_up_logging()
+    quiet_libraries()
     from eft import run
     from eft.data.dataset_meta import DatasetMeta
     from eft.report.page import write_report
@@ -40,8 +42,13 @@ def train(
         if report:
             console.print(f"report: {write_report(folder)}", highlight=False)
 
+    # A folder that cannot be used, a schedule that cannot be built: said before any row is read.
+    run.check_before_start(loaded.config, overwrite=overwrite)
+    with data_progress(console) as progress:
+        meta = run.load_datasets(loaded.config, progress=progress)
     _, _, trainer = run.train(
         loaded.config,
+        meta,
         overwrite=overwrite,
         console=console,
         origins=loaded.origins,

@@ -22,7 +22,8 @@ KEYS_OF_RUN = frozenset(
 )
 """Read by `eft.run` itself, some of them only after the training."""
 
-KEYS_OF_CALLER = KEYS_OF_RUN.union(*(part.model_fields for part in (ModelConfig, FreezingConfig, AdapterConfig, DataConfig)))
+_SECTIONS_OF_CALLER = (ModelConfig, FreezingConfig, AdapterConfig, DataConfig)
+KEYS_OF_CALLER = KEYS_OF_RUN.union(*(section.model_fields for section in _SECTIONS_OF_CALLER))
 """Whoever gives the builder a model and data of their own has loaded and prepared them, by these keys or otherwise."""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from eft.core.errors import CheckpointError, ConfigError
 RUN_FILE = "run.json"
 
 Status = Literal["running", "interrupted", "finished"]
+Differences = Callable[[dict[str, Any], dict[str, Any]], list[str]]
 
 
 @dataclass
@@ -32,13 +34,16 @@ class RunFolder:
         write_json(self.path / RUN_FILE, {"status": status, "identity": self.identity, **facts})
 
 
-def claim_run_folder(path: Path, identity: dict[str, Any], *, overwrite: bool, differences: Any) -> RunFolder:
-    """Decide what `path` is to this run, before anything expensive.
+Claim = Literal["new", "replace", "continue"]
+
+
+def check_run_folder(path: Path, identity: dict[str, Any], *, overwrite: bool, differences: Differences) -> Claim:
+    """What `path` is to a run with this identity; changes nothing but leftovers of killed processes.
 
     Args:
-        path: `output_dir`.
+        path: `output_dir`; made if it is missing.
         identity: the keys that a continued run must agree in, JSON-able.
-        overwrite: delete an earlier eft run in the folder.
+        overwrite: an earlier eft run in the folder may be deleted.
         differences: (identity before, identity now) to a list of `key: before → now`.
 
     Raises:
@@ -55,12 +60,11 @@ def claim_run_folder(path: Path, identity: dict[str, Any], *, overwrite: bool, d
                 f"output_dir {path}: is not empty and holds no eft run (found {', '.join(foreign[:5])}). "
                 "Choose an empty or new folder; eft never writes among files it does not know."
             )
-        return _start_anew(path, identity)
+        return "new"
     before = json.loads(record.read_text())
     # Without a checkpoint nothing was reached yet that a new start could lose.
     if overwrite or (before["status"] != "finished" and not any(path.glob(f"{CHECKPOINT_PREFIX}*"))):
-        _clear(path)
-        return _start_anew(path, identity)
+        return "replace"
     if before["status"] == "finished":
         raise CheckpointError(f"output_dir {path}: holds a finished run. Choose another folder, or pass --overwrite.")
     changed = differences(before["identity"], identity)
@@ -70,13 +74,20 @@ def claim_run_folder(path: Path, identity: dict[str, Any], *, overwrite: bool, d
             + "\n  ".join(changed)
             + "\nGo back to its settings to continue it, choose another folder, or pass --overwrite to delete it."
         )
-    return RunFolder(path, True, identity)
+    return "continue"
 
 
-def _start_anew(path: Path, identity: dict[str, Any]) -> RunFolder:
-    folder = RunFolder(path, False, identity)
-    # At once, so that a run that dies early leaves a folder that the next start knows.
-    folder.mark("running")
+def claim_run_folder(
+    path: Path, identity: dict[str, Any], *, overwrite: bool, differences: Differences
+) -> RunFolder:
+    """Take the folder for this run. Arguments and errors as `check_run_folder`."""
+    claim = check_run_folder(path, identity, overwrite=overwrite, differences=differences)
+    folder = RunFolder(path, claim == "continue", identity)
+    if claim == "replace":
+        _clear(path)
+    if claim != "continue":
+        # At once, so that a run that dies early leaves a folder that the next start knows.
+        folder.mark("running")
     return folder
 
 
