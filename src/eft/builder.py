@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from functools import partial
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -138,8 +138,8 @@ class HFCausalTrainerBuilder:
         if self.config.adapter is not None and not isinstance(self.model, PeftModel):
             raise ModelError(
                 f"adapter: {self.config.adapter} is set, but the model given to the builder is a plain "
-                f"{type(self.model).__name__}. Wrap it first (eft.models.adapters.apply_adapter, or peft.get_peft_model), "
-                "or remove `adapter`."
+                f"{type(self.model).__name__}. Wrap it first (eft.models.adapters.apply_adapter, or "
+                "peft.get_peft_model), or remove `adapter`."
             )
 
     def _install_attention(self, precision: Precision) -> BoundarySupport:
@@ -164,7 +164,7 @@ class HFCausalTrainerBuilder:
 
     def _parts(self, support: BoundarySupport, batch: BatchPlan) -> TrainerParts:
         config = self.config
-        ranks = {"rank": self.environment.rank, "world_size": self.environment.world_size}
+        rank, world_size = self.environment.rank, self.environment.world_size
         return TrainerParts(
             packing=self._batches(support, batch),
             forward=TrainedLogits(support, select_logits_kwargs(self.model)),
@@ -172,8 +172,8 @@ class HFCausalTrainerBuilder:
             scheduler=partial(build_scheduler, config),
             optimizer=partial(build_optimizer, config),
             evaluation_weights=evaluation_weights,
-            save_rng=partial(save_rng, **ranks),
-            load_rng=partial(load_rng, **ranks),
+            save_rng=partial(save_rng, rank=rank, world_size=world_size),
+            load_rng=partial(load_rng, rank=rank, world_size=world_size),
             checkpoint=CheckpointStore(Path(config.output_dir), save_total_limit=config.save_total_limit or None),
             offloading=partial(activation_offloading, config.activation_offloading, self.environment.device),
             meter=Throughput(),
@@ -210,7 +210,9 @@ class HFCausalTrainerBuilder:
         """One row without padding where the model knows boundaries, else padded rows."""
         config, pad_id = self.config, self.tokenizer.pad_token_id or 0
         if support.mode == "refused":
-            return PaddedCollator(pad_token_id=pad_id, pad_to=config.sequence_len if config.pad_to_sequence_len else None)
+            return PaddedCollator(
+                pad_token_id=pad_id, pad_to=config.sequence_len if config.pad_to_sequence_len else None
+            )
         pad_to = config.micro_batch_size * config.sequence_len if config.pad_to_sequence_len else None
         return PackedCollator(pad_to=pad_to, pad_token_id=pad_id)
 

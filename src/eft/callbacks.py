@@ -72,7 +72,7 @@ class MetricsFile(TrainerCallback):
 
 
 class ProgressLine(TrainerCallback):
-    """One line: step, loss, learning rate, tokens/s, time left. Redrawn in place on a terminal, sparse in a log file."""
+    """One line: step, loss, learning rate, tokens/s, time left. Redrawn in place on a terminal, sparse elsewhere."""
 
     def __init__(self, config: TrainConfig, context: CallbackContext) -> None:
         assert context.console is not None
@@ -109,7 +109,10 @@ class ProgressLine(TrainerCallback):
         self.last_print = time.monotonic()
         redraw = self.console.is_terminal
         self.console.print(
-            f"\r{text:<100}" if redraw else text, end="\n" if stay or not redraw else "", highlight=False, soft_wrap=True
+            f"\r{text:<100}" if redraw else text,
+            end="\n" if stay or not redraw else "",
+            highlight=False,
+            soft_wrap=True,
         )
 
 
@@ -157,9 +160,7 @@ class LossWatchdog(TrainerCallback):
         self.outcome = context.outcome
         self.bad = 0
 
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> Any:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> Any:
         """Judge each training loss once."""
         if not logs or "loss" not in logs:
             return control
@@ -184,9 +185,8 @@ class EarlyStopping(EarlyStoppingCallback):
         """Count evaluations without a better metric."""
         super().on_evaluate(args, state, control, metrics, **kwargs)
         if self.early_stopping_patience_counter >= self.early_stopping_patience:
-            self.outcome.reason = (
-                f"early stopping: {args.metric_for_best_model} has not improved for {self.early_stopping_patience} evaluations"
-            )
+            metric, patience = args.metric_for_best_model, self.early_stopping_patience
+            self.outcome.reason = f"early stopping: {metric} has not improved for {patience} evaluations"
 
 
 class Profiler(TrainerCallback):

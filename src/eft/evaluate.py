@@ -49,6 +49,6 @@ def load_trained(config: TrainConfig, model_path: str) -> PreTrainedModel:
         raise ModelError(f"{model_path}: no such folder")
     compute_dtype = resolve_precision(config, Environment.detect()).compute_dtype
     if (folder / "adapter_config.json").is_file():
-        return AutoPeftModelForCausalLM.from_pretrained(folder, dtype="auto")  # type: ignore[no-any-return]
+        return AutoPeftModelForCausalLM.from_pretrained(folder, dtype="auto")
     update = {"base_model": model_path, "gguf_file": None, "revision_of_model": None}
     return load_model(config.model_copy(update=update), compute_dtype=compute_dtype, seed=config.seed)

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from eft.builder import HFCausalTrainerBuilder, as_config
 from eft.callbacks import RunOutcome
-from eft.config.identity import differences, identity
 from eft.config.dump import show_config
+from eft.config.identity import differences, identity
 from eft.config.load import LoadedConfig
 from eft.config.root import TrainConfig
 from eft.config.usage import KEYS_OF_RUN, keys_read
@@ -28,8 +28,8 @@ from eft.core.errors import ConfigError, DataError, PromiseBroken
 from eft.core.records import Message, PromiseResult
 from eft.data.chat_template import resolve_template
 from eft.data.dataset_meta import DatasetMeta
-from eft.data.plan import Plan, build_plan
 from eft.data.entry import Progress
+from eft.data.plan import Plan, build_plan
 from eft.data.prepare import prepare_datasets
 from eft.models.adapters import apply_adapter, apply_freezing
 from eft.models.export import check_saved_tensors, export_model, verify_export
@@ -217,9 +217,7 @@ def train(
         EftError: the config, the data or the model is wrong, or a promise does not hold.
     """
     config = as_config(cfg)
-    folder = claim_run_folder(
-        Path(config.output_dir), identity(config), overwrite=overwrite, differences=differences
-    )
+    folder = claim_run_folder(Path(config.output_dir), identity(config), overwrite=overwrite, differences=differences)
     set_seed(config.seed)
     run = _assemble(config, folder, dataset_meta, console)
     _write_start(run, origins or {})
@@ -236,9 +234,7 @@ def train(
     return run.model, run.tokenizer, run.trainer
 
 
-def _assemble(
-    config: TrainConfig, folder: RunFolder, meta: DatasetMeta | None, console: Console | None
-) -> Run:
+def _assemble(config: TrainConfig, folder: RunFolder, meta: DatasetMeta | None, console: Console | None) -> Run:
     tokenizer = prepare_tokenizer(config)
     if meta is None:
         meta = load_datasets(config, tokenizer)
@@ -353,9 +349,7 @@ def _export(run: Run) -> list[PromiseResult]:
     """Write the final weights at the top of the output folder and prove that they are what was trained (E6)."""
     trainer, export = run.trainer, run.export
     with trainer.parts.evaluation_weights(trainer.plain_optimizer()):
-        manifest = export_model(
-            run.model, run.tokenizer, run.path, save_dtype=export.dtype, gguf_file=export.gguf_file
-        )
+        manifest = export_model(run.model, run.tokenizer, run.path, save_dtype=export.dtype, gguf_file=export.gguf_file)
         results = [check_saved_tensors(run.path, run.model, getattr(torch, manifest["dtype"]))]
         if export.verify:
             results.append(verify_export(run.path, run.model, run.tokenizer, _probe_document(run)))

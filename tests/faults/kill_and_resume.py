@@ -56,7 +56,7 @@ def lay_out(folder: Path) -> dict[str, Any]:
     model = tiny_model("llama", vocab_size=len(tokenizer))
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    words, draw = "alpha beta gamma delta one two three red green blue".split(), random.Random(0)
+    words, draw = ["alpha", "beta", "gamma", "delta", "one", "two", "three", "red", "green", "blue"], random.Random(0)
     with (folder / "rows.jsonl").open("w") as file:
         for number in range(64):
             question = f"{number} " + " ".join(draw.choices(words, k=draw.randint(1, 16)))

@@ -109,14 +109,15 @@ def test_token_weights(keys: dict[str, Any], make_trainer: MakeTrainer) -> None:
     check(make_trainer, "llama", token_rows(8, longest=38, weighted=True), keys)
 
 
-def test_padded_rows_of_a_family_without_boundaries(make_trainer: MakeTrainer) -> None:
+@pytest.mark.parametrize("name", ["bloom", "mamba2"])
+def test_padded_rows_of_a_family_without_boundaries(name: str, make_trainer: MakeTrainer) -> None:
     """A model that cannot be told where a document ends: its rows are padded, and the loss is the same."""
     for keys in (cut(1, 8, packed=False), cut(4, 2, packed=False)):
         rows = token_rows(8, longest=38)
-        trainer = make_trainer(rows, model=model_of("mamba2"), **keys)
+        trainer = make_trainer(rows, model=model_of(name), **keys)
         assert trainer.parts.forward.support.mode == "refused"
         loss, gradients = train_one_step(trainer)
-        expected_loss, expected = plain_step(model_of("mamba2"), rows)
+        expected_loss, expected = plain_step(model_of(name), rows)
         assert loss == pytest.approx(expected_loss, rel=1e-6)
         assert_gradients_equal(gradients, expected)
 

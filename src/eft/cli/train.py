@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from eft.cli.console import console, open_config, quiet_libraries, set_up_logging
-from eft.cli.progress import data_progress
 from eft.cli.options import AllowUnsupported, ConfigPath, Overrides
+from eft.cli.progress import data_progress
 
 
 def train(
@@ -31,8 +31,9 @@ def train(
     from eft.data.dataset_meta import DatasetMeta
     from eft.report.page import write_report
     from eft.report.terminal import ledger_table, quantities_table, summary_table
+    from eft.start_table import Rows
 
-    def show_start(rows: run.Rows, meta: DatasetMeta) -> None:
+    def show_start(rows: Rows, meta: DatasetMeta) -> None:
         if meta.ledger is not None:
             console.print(ledger_table(meta.ledger.table()))
         console.print(quantities_table("Before the first step", rows))

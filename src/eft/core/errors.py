@@ -26,7 +26,7 @@ class CheckpointError(EftError):
     """A checkpoint is missing, incomplete or does not belong to this run (exit code 2)."""
 
 
-class PromiseBroken(EftError):
+class PromiseBroken(EftError):  # noqa: N818  # a statement about the run, not about the program
     """A promise (E1 to E8) does not hold on this run (exit code 1)."""
 
 

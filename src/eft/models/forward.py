@@ -31,4 +31,3 @@ class TrainedLogits:
                 return model(**inputs, use_cache=False, logits_to_keep=positions).logits[0]  # type: ignore[no-any-return]
             logits = model(**inputs, use_cache=False).logits
         return logits.flatten(0, 1)[positions]  # type: ignore[no-any-return]
-

@@ -165,8 +165,9 @@ def describe_model(model: PreTrainedModel | PeftModel) -> dict[str, Any]:
     """
     base = base_model_of(model)
     shape = base.config.get_text_config()
-    heads = int(shape.num_attention_heads)
-    head_dim = int(getattr(shape, "head_dim", None) or shape.hidden_size // heads)
+    # State-space models have no attention: their cost is linear in the tokens.
+    heads = int(getattr(shape, "num_attention_heads", 0))
+    head_dim = int(getattr(shape, "head_dim", None) or shape.hidden_size // heads) if heads else 0
     total = trainable = 0
     bytes_by_dtype: Counter[str] = Counter()
     for parameter in model.parameters():

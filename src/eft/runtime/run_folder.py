@@ -77,9 +77,7 @@ def check_run_folder(path: Path, identity: dict[str, Any], *, overwrite: bool, d
     return "continue"
 
 
-def claim_run_folder(
-    path: Path, identity: dict[str, Any], *, overwrite: bool, differences: Differences
-) -> RunFolder:
+def claim_run_folder(path: Path, identity: dict[str, Any], *, overwrite: bool, differences: Differences) -> RunFolder:
     """Take the folder for this run. Arguments and errors as `check_run_folder`."""
     claim = check_run_folder(path, identity, overwrite=overwrite, differences=differences)
     folder = RunFolder(path, claim == "continue", identity)

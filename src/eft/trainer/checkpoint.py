@@ -62,8 +62,8 @@ class CheckpointSaveMixin(TrainerHooks):
         folder = Path(checkpoint)
         if not (folder / SCHEDULER_FILE).is_file():
             raise CheckpointError(
-                f"{folder}: holds no optimizer state, so it cannot be resumed (was it written with `save_only_model`?). "
-                "To start a new run from these weights, set `base_model` to this folder."
+                f"{folder}: holds no optimizer state, so it cannot be resumed (was it written with `save_only_model`?)."
+                " To start a new run from these weights, set `base_model` to this folder."
             )
         self.parts.checkpoint.load_optimizer(folder, self.model, self.plain_optimizer())
         self.lr_scheduler.load_state_dict(json.loads((folder / SCHEDULER_FILE).read_text()))

@@ -7,7 +7,7 @@ shadow another (tests/architecture).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
         """What a mixin may use of the trainer it is mixed into."""
 
         parts: TrainerParts
+        plan: Any
+        optimizer: Any
+        lr_scheduler: Any
+        control: Any
 
 else:
 

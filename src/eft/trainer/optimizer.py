@@ -14,6 +14,6 @@ class OptimizerMixin(TrainerHooks):
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """The optimizer over the trainable parameters of `model` (default: the trainer's own)."""
         if self.optimizer is None:
-            optimizer: Optimizer = self.parts.optimizer(self.model if model is None else model)
-            self.optimizer = optimizer
-        return self.optimizer  # type: ignore[no-any-return]  # Trainer is untyped here
+            self.optimizer = self.parts.optimizer(self.model if model is None else model)
+        created: Optimizer = self.optimizer
+        return created

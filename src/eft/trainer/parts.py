@@ -32,7 +32,7 @@ class Batches(Protocol):
 
     def make_plan(self, dataset: Any, total_num_steps: int | None) -> PlanLike: ...
 
-    def train_loader(self, plan: PlanLike, cursor: Callable[[], int]) -> DataLoader[Any]: ...
+    def train_loader(self, plan: Any, cursor: Callable[[], int]) -> DataLoader[Any]: ...
 
     def eval_loader(self, dataset: Any) -> DataLoader[Any]: ...
 
@@ -81,7 +81,7 @@ class Meter(Protocol):
 
 @dataclass(frozen=True)
 class FlowRules:
-    """When to log, evaluate and save. Steps counts below 1 are shares of all steps, per-epoch counts come from the plan."""
+    """When to log, evaluate and save. Counts below 1 are shares of all steps; those per epoch follow the plan."""
 
     logging_steps: int
     eval_every: float | None

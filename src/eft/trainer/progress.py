@@ -41,7 +41,7 @@ def load_progress(checkpoint: str, name: str, plan: PlanLike | None) -> dict[str
     saved: dict[str, Any] = json.loads(Path(checkpoint, name).read_text())
     if plan is not None and saved["plan"] != plan.fingerprint:
         raise CheckpointError(
-            f"{checkpoint}: was trained on another plan (data, packing, global batch or seed differ), so continuing here "
-            "would repeat and omit samples. Resume with the original settings, or start a new run from its weights."
+            f"{checkpoint}: was trained on another plan (data, packing, global batch or seed differ), so continuing "
+            "here would repeat and omit samples. Resume with the original settings, or start anew from its weights."
         )
     return saved

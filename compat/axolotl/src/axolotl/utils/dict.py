@@ -76,13 +76,13 @@ class DictDefault(dict[str, Any]):
             self[key] = default
         return self[key]
 
-    def __or__(self, other: Any) -> DictDefault:
+    def __or__(self, other: Any) -> DictDefault:  # type: ignore[override]  # typeshed's is generic
         """Both together; where both have a key, the left one's value stays, as Axolotl's programs expect."""
         both = type(self)(copy.deepcopy(dict(other)))
         both.update(copy.deepcopy(self))
         return both
 
-    def __ior__(self, other: Any) -> DictDefault:  # type: ignore[override,misc]  # dict's takes any iterable of pairs
+    def __ior__(self, other: Any) -> DictDefault:  # type: ignore[override]  # typeshed's is generic
         self.update(other)
         return self
 

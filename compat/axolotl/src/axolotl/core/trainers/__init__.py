@@ -1,1 +1,5 @@
-"""See `axolotl`."""
+"""Trainers."""
+
+from axolotl.core.trainers.base import AxolotlTrainer
+
+__all__ = ["AxolotlTrainer"]
