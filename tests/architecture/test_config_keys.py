@@ -7,6 +7,7 @@ from pathlib import Path
 
 from eft.config.data import DatasetConfig
 from eft.config.root import TrainConfig
+from eft.config.usage import KEYS_OF_RUN
 
 SOURCE = Path(__file__).parents[2] / "src" / "eft"
 
@@ -39,3 +40,10 @@ def test_the_list_of_unread_keys_only_shrinks() -> None:
     declared = set(TrainConfig.model_fields) | set(DatasetConfig.model_fields)
     assert declared >= NOT_YET, "no such key"
     assert NOT_YET & attributes_read() == set(), "these keys are read now: take them off NOT_YET"
+
+
+def test_the_keys_of_the_run_are_read_by_the_run() -> None:
+    """Promise E8 takes it on trust that `eft.run` reads them, so here is the proof."""
+    tree = ast.parse((SOURCE / "run.py").read_text())
+    read = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
+    assert read >= KEYS_OF_RUN

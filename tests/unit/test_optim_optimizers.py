@@ -22,7 +22,7 @@ from eft.optim.optimizers import (
     is_averaging,
     is_schedule_free,
 )
-from eft.optim.schedulers import build_scheduler
+from eft.optim.schedulers import build_scheduler, learning_rates
 from eft.runtime.optimizer_state import load_optimizer, load_scheduler, save_optimizer, save_scheduler
 
 RATES = {"sgd": 0.05, "schedule_free_sgd": 0.5, "lion_pytorch": 0.02, "adopt_adamw": 0.05}
@@ -294,6 +294,33 @@ def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "optimizer.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"optimizer\.safetensors: missing"):
         load_optimizer(tmp_path, optimizer, model)
+
+
+def test_loading_replaces_all_earlier_state(tmp_path: Path) -> None:
+    """Rolled back to before the first step: nothing of the later steps may stay."""
+    model, cfg = Small(), config("adamw_torch")
+    optimizer = build_optimizer(cfg, model)
+    save_optimizer(tmp_path, optimizer, model)
+    train(model, optimizer, build_scheduler(cfg, optimizer, 2), range(2))
+    assert optimizer.state[model.mix.weight]
+    load_optimizer(tmp_path, optimizer, model)
+    assert not optimizer.state
+
+
+def test_the_schedule_and_the_rates_are_back_at_once(tmp_path: Path) -> None:
+    model, cfg = Small(), config("adamw_torch", lr_scheduler="linear")
+    optimizer = build_optimizer(cfg, model)
+    scheduler = build_scheduler(cfg, optimizer, 10)
+    train(model, optimizer, scheduler, range(4))
+    save_scheduler(tmp_path, scheduler)
+    fresh = build_optimizer(cfg, model)
+    resumed = build_scheduler(cfg, fresh, 10)
+    load_scheduler(tmp_path, resumed)
+    assert resumed.get_last_lr() == scheduler.get_last_lr() == [group["lr"] for group in fresh.param_groups]
+    assert fresh.param_groups[0]["lr"] == learning_rates(cfg, 10)[4]
+    (tmp_path / "scheduler.json").write_text('{"step": -1}')
+    with pytest.raises(CheckpointError, match=r"scheduler\.json: `step` must be a whole number of at least 0, got -1"):
+        load_scheduler(tmp_path, resumed)
 
 
 def test_state_keeps_a_dtype_that_differs_from_the_parameters(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
@@ -58,6 +59,9 @@ def set_up_logging(*, verbose: bool = False) -> None:
 
 def quiet_libraries() -> None:
     """Keep libraries from writing among our lines. To be called once they are to be imported anyway."""
+    if not sys.stderr.isatty():
+        # Bars that nobody can watch fill a log file; read when tqdm is imported.
+        os.environ.setdefault("TQDM_DISABLE", "1")
     import datasets
     import transformers
 

@@ -106,18 +106,19 @@ def _x_labels(axis: Axis) -> Markup:
 
 
 def _caption(chart: Chart, series: Sequence[Series], axis: Axis | None) -> Markup:
-    note = chart.note + (" · log scale" if axis is not None and axis.log else "")
-    title = element("h3", escape(chart.title) + (element("small", escape(note.lstrip(" ·"))) if note else ""))
-    items = [
-        element(
-            "li",
-            element("i") + escape(one.label) + " " + element("b", escape(format_number(_last_finite(one.y)))),
-            class_=f"{one.look} c{one.colour}",
-        )
+    """Title, where the cursor is, and the legend, which is also the read-out: at rest it shows the last values."""
+    notes = [chart.note, "log scale" if axis is not None and axis.log else ""]
+    note = element("small", escape(" · ".join(filter(None, notes))), class_="note")
+    title = element("h3", escape(chart.title) + note + element("small", "", class_="where"))
+    items = (
+        element("li", element("i") + escape(f"{one.label} ") + _last_value(one), class_=f"{one.look} c{one.colour}")
         for one in series
-    ]
-    where = element("li", "", class_="where") if series else Markup("")
-    return element("figcaption", title + element("ul", join([where, *items]), class_="legend"))
+    )
+    return element("figcaption", title + element("ul", join(items), class_="legend"))
+
+
+def _last_value(series: Series) -> Markup:
+    return element("b", escape(format_number(_last_finite(series.y))))
 
 
 def _hover_data(series: Sequence[Series], x_axis: Axis, y_axis: Axis) -> dict[str, Any]:

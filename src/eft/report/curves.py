@@ -25,12 +25,17 @@ def run_charts(run: RunFiles) -> list[Chart]:
         Chart(
             "learning-rate",
             "Learning rate",
-            [column(run.training, "learning_rate", "learning rate")],
+            [column(run.training, "learning_rate", "rate")],
             "linear",
             True,
             marks,
         ),
-        Chart("grad-norm", "Gradient norm", _smoothed(run.training, "grad_norm", "before clipping", 3), marks=marks),
+        Chart(
+            "grad-norm",
+            "Gradient norm before clipping",
+            _smoothed(run.training, "grad_norm", "each step", 3),
+            marks=marks,
+        ),
         Chart("throughput", "Tokens per second", _throughput(run.training), "linear", True, marks),
     ]
 

@@ -24,7 +24,7 @@ const show = (step) => {
     const left = percent(chart, step);
     chart.cursor.hidden = left < 0 || left > 100;
     chart.cursor.style.left = left + "%";
-    chart.where.textContent = "step " + step.toLocaleString("en");
+    chart.where.textContent = "· step " + step.toLocaleString("en");
     chart.data.curves.forEach((curve, k) => {
       const i = nearest(curve.x, step), top = curve.top[i];
       chart.values[k].textContent = curve.text[i] + (curve.x[i] === step ? "" : " @" + curve.x[i].toLocaleString("en"));

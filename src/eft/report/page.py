@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
@@ -80,7 +81,8 @@ def _sections(run: RunFiles) -> Iterator[tuple[str, str, str, Markup]]:
 def _header(run: RunFiles, sections: list[tuple[str, str, str, Markup]]) -> Markup:
     state, words = run_state(run)
     title = element("h1", escape(run.name) + element("span", escape(words), class_=f"state {state}".strip()))
-    lead = element("p", "Fine-tuned with eft", class_="lead")
+    model = re.search(r"^base_model: (.*?)(?:\s+#.*)?$", run.config_text, re.MULTILINE)
+    lead = element("p", escape(f"{model[1]}, fine-tuned with eft" if model else "Fine-tuned with eft"), class_="lead")
     links = element("nav", join(element("a", escape(name), href=f"#{anchor}") for anchor, name, _, _ in sections))
     return element("header", element("div", title + lead + links), class_="top")
 

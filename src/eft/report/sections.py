@@ -14,6 +14,9 @@ from eft.report.series import format_number
 SAMPLES_OPEN = 6
 """Sample answers that show at once; the rest is folded away."""
 
+CONFIG_OPEN = 40
+"""Lines of a config that show at once."""
+
 _PLAN_WORDS = {
     "total_steps": "Steps executed",
     "plan_steps": "Steps of the plan",
@@ -146,12 +149,11 @@ def text_of(value: Any) -> str:
 
 
 def config_section(text: str) -> Markup:
-    """The effective config, keys and origins (the trailing comments) set apart."""
-    lines = join((_config_line(line) for line in text.splitlines()), "\n")
-    box = element("summary", escape(f"config.yaml, {len(text.splitlines())} lines")) + element(
-        "pre", lines, class_="config"
-    )
-    return element("details", box, class_="box", open="")
+    """The effective config, keys and origins (the trailing comments) set apart, defaults faint. Long ones are folded."""
+    lines = text.splitlines()
+    title = element("summary", escape(f"config.yaml, {len(lines)} lines; bright: not the default"))
+    body = element("pre", join(map(_config_line, lines), "\n"), class_="config")
+    return element("details", title + body, class_="box", open="" if len(lines) <= CONFIG_OPEN else None)
 
 
 def _config_line(line: str) -> Markup:
@@ -161,7 +163,8 @@ def _config_line(line: str) -> Markup:
     if match:
         lead, key, rest = match.groups()
         shown = Markup(escape(lead) + element("span", escape(key), class_="k") + escape(rest))
-    return Markup(shown + (element("span", escape(origin), class_="o") if origin else ""))
+    whole = Markup(shown + (element("span", escape(origin), class_="o") if origin else ""))
+    return element("span", whole, class_="d") if origin.strip("# ") == "default" else whole
 
 
 def _split_comment(line: str) -> tuple[str, str]:
@@ -184,8 +187,9 @@ def environment_section(environment: Json) -> Markup:
 
 def events_section(events: Iterable[Json]) -> Markup:
     """What happened besides steps: saves, resumes, skipped updates."""
-    rows = []
-    for event in events:
-        rest = {key: value for key, value in event.items() if key not in ("event", "step", "time")}
-        rows.append([escape(plain(event.get("step"))), escape(spoken(str(event["event"]))), escape(plain(rest))])
+    rows = [[escape(plain(e.get("step"))), escape(spoken(str(e["event"]))), escape(plain(_details(e)))] for e in events]
     return table(["Step", "Event", "Details"], rows)
+
+
+def _details(event: Json) -> Json:
+    return {key: value for key, value in event.items() if key not in ("event", "step", "time")}

@@ -2,26 +2,10 @@
 
 from __future__ import annotations
 
-from eft.config.usage import effective_keys, keys_read
+from eft.config.usage import KEYS_OF_RUN, effective_keys, keys_read
 from eft.core.records import PromiseResult
 from eft.verify.rehearsal import LEFT_OUT, Rehearsal
 from eft.verify.verification import Verification
-
-RUN_KEYS = frozenset(
-    {
-        "auto_resume_from_checkpoints",
-        "resume_from_checkpoint",
-        "generate_samples",
-        "num_generation_samples",
-        "generation_max_new_tokens",
-        "verify_saves",
-        "wandb_project",
-        "wandb_entity",
-        "mlflow_tracking_uri",
-        "mlflow_experiment_name",
-    }
-)
-"""Read by `eft.run` alone, around the training that is rehearsed here; tests compare the list with its source."""
 
 CALLBACK_KEYS = frozenset({"loss_watchdog_patience", "profiler_steps_start"})
 """Read by callbacks of the run that the rehearsal leaves out; `used_when` makes them errors without their switch."""
@@ -29,6 +13,6 @@ CALLBACK_KEYS = frozenset({"loss_watchdog_patience", "profiler_steps_start"})
 
 def check_keys(verification: Verification, rehearsal: Rehearsal) -> PromiseResult:
     """E8 over the config as the user wrote it, after everything was prepared, built and rehearsed."""
-    elsewhere = RUN_KEYS | CALLBACK_KEYS | frozenset(LEFT_OUT)
+    elsewhere = KEYS_OF_RUN | CALLBACK_KEYS | frozenset(LEFT_OUT)
     read = verification.meta.keys_read | keys_read(rehearsal.config) | elsewhere
     return effective_keys(verification.config, read_before=read)
