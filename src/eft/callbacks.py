@@ -22,6 +22,7 @@ from eft.config.root import TrainConfig
 from eft.core.errors import PromiseBroken
 from eft.core.records import PromiseResult
 from eft.models.probes import TrainedTensorAudit
+from eft.optim.optimizers import silent_steps
 from eft.runtime.metrics import MetricsWriter
 
 AUDIT_STEP = 3
@@ -232,16 +233,17 @@ class StartChecks(TrainerCallback):
 
     def __init__(self, config: TrainConfig, context: CallbackContext) -> None:
         self.context = context
+        self.silent_steps = silent_steps(config)
         self.audit: TrainedTensorAudit | None = None
         self.audit_at = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Check the config, remember the weights."""
         self._record(self.context.check_keys_read())
-        if args.max_steps - state.global_step >= AUDIT_STEP:
+        self.audit_at = max(state.global_step, self.silent_steps) + AUDIT_STEP
+        if self.audit_at <= args.max_steps:
             self.audit = TrainedTensorAudit(model)
             self.audit.start()
-            self.audit_at = state.global_step + AUDIT_STEP
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Compare once."""

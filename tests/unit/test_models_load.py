@@ -53,7 +53,7 @@ def test_a_folder_is_loaded_as_it_was_saved(tmp_path: Path, dtype: torch.dtype, 
         torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), saved.state_dict().values(), strict=True)
     )
     assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
-    assert loaded.config.name_or_path == str(tmp_path)
+    assert loaded.config.name_or_path == loaded.name_or_path == str(tmp_path)
 
 
 def test_float64_comes_in_the_compute_dtype(tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ def test_gguf_becomes_a_plain_model_that_saves_and_reloads_equal(tmp_path: Path)
     model = _load(tmp_path / "base", gguf_file="tiny.gguf")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16} == {base_dtype(model)}
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert model.config.name_or_path == str(tmp_path / "base")
+    assert model.config.name_or_path == model.name_or_path == str(tmp_path / "base")
     model.save_pretrained(tmp_path / "saved")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     assert _equal(again, model)

@@ -123,14 +123,23 @@ def test_an_existing_complete_one_is_kept(store: CheckpointStore, caplog: pytest
     assert (store.path(4) / "weights").read_bytes() == b"weights4"
 
 
+def test_a_complete_one_of_another_run_is_moved_aside_not_taken_for_ours(store: CheckpointStore) -> None:
+    for plan in ("theirs", "ours"):
+        with store.write(4, extra={"plan": plan}) as folder:
+            assert folder is not None
+            (folder / "weights").write_text(plan)
+    assert (store.path(4) / "weights").read_text() == "ours"
+    assert names(store.output_dir) == {"checkpoint-4", "checkpoint-4.aside"}
+
+
 def test_an_incomplete_one_is_moved_aside(store: CheckpointStore, caplog: pytest.LogCaptureFixture) -> None:
     for _ in range(3):
         assert write(store, 4)
         damage_flip(store.path(4))
-    assert "was not complete" in caplog.text
+    assert "is not this run's" in caplog.text
     assert write(store, 4)
     verify_manifest(store.path(4))
-    aside = {"checkpoint-4.incomplete", "checkpoint-4.incomplete-2", "checkpoint-4.incomplete-3"}
+    aside = {"checkpoint-4.aside", "checkpoint-4.aside-2", "checkpoint-4.aside-3"}
     assert names(store.output_dir) == {"checkpoint-4", *aside}
     assert store.steps() == [4]
 

@@ -45,8 +45,8 @@ def load_model(cfg: ModelConfig, *, compute_dtype: torch.dtype, seed: int) -> Pr
         check_gguf_file(location, cfg.gguf_file)
         options |= {"gguf_file": cfg.gguf_file, "quantization_config": GgufConfig(dequantize=True), "dtype": GGUF_DTYPE}
     else:
-        architecture = check_causal_lm(location, cfg)
-        options["dtype"] = compute_dtype if architecture not in (None, *TRAINABLE_DTYPES) else "auto"
+        dtype = check_causal_lm(location, cfg)
+        options["dtype"] = compute_dtype if dtype not in (None, *TRAINABLE_DTYPES) else "auto"
     with seeded_rng(seed):
         model, info = _from_pretrained(location, options)
     if info["missing_keys"]:
@@ -55,9 +55,6 @@ def load_model(cfg: ModelConfig, *, compute_dtype: torch.dtype, seed: int) -> Pr
             f"base_model: {location} lacks {len(names)} weights of a {type(model).__name__}, which would start at "
             f"random: {', '.join(names[:3])}. Use a complete causal language model."
         )
-    # The GGUF reader leaves the file's own title here; adapters and exports name their base by it.
-    model.config.name_or_path = location
-    model.name_or_path = location
     return model
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 from torch import nn
@@ -23,6 +24,7 @@ __all__ = [
     "evaluation_state_dict",
     "evaluation_weights",
     "is_schedule_free",
+    "silent_steps",
 ]
 
 Arguments = Callable[[OptimConfig], dict[str, Any]]
@@ -43,6 +45,8 @@ class OptimizerRow:
     options: Mapping[str, Option] = field(default_factory=dict)
     """What `optim_args` may hold."""
     notes: str = ""
+    silent: Callable[[OptimConfig], int] = lambda cfg: 0
+    """Steps at the start that move no weight, by design."""
 
 
 def _no_arguments(cfg: OptimConfig) -> dict[str, Any]:
@@ -68,6 +72,17 @@ def _adopt(cfg: OptimConfig) -> dict[str, Any]:
 def _scheduled_adafactor(cfg: OptimConfig) -> dict[str, Any]:
     # Its own relative steps would replace the learning-rate schedule (E7).
     return {"relative_step": False, "warmup_init": False, "scale_parameter": False}
+
+
+def _uncertain_steps(cfg: OptimConfig) -> int:
+    """RAdam's steps until its second moment is certain enough (ρ > 4, Liu et al. 2020)."""
+    if not (cfg.optim_args or {}).get("silent_sgd_phase", True):
+        return 0
+    beta = cfg.adam_beta2
+    limit = 2 / (1 - beta) - 1
+    if limit <= 4:
+        return 0  # it never is: nothing would ever move, and the audit shall say so
+    return next(k for k in count() if limit - 2 * (k + 1) * beta ** (k + 1) / (1 - beta ** (k + 1)) > 4)
 
 
 _BETAS = frozenset({"adam_beta1", "adam_beta2"})
@@ -166,6 +181,7 @@ OPTIMIZERS: dict[str, OptimizerRow] = {
         },
         "Adam that divides by the previous second moment; the first step only measures it. "
         "Its authors use adam_beta2 0.9999 and adam_epsilon 1e-6.",
+        lambda cfg: 1,
     ),
     "schedule_free_adamw": OptimizerRow(
         "schedulefree",
@@ -201,6 +217,7 @@ OPTIMIZERS: dict[str, OptimizerRow] = {
             "silent_sgd_phase": Option("switch", "No update while the second moment is still too uncertain."),
         },
         "RAdam with averaging; its first steps do not move the weights.",
+        _uncertain_steps,
     ),
 }
 """Exactly the names of `config.optim.OptimizerName`."""
@@ -230,6 +247,11 @@ def build_optimizer(cfg: OptimConfig, model: nn.Module) -> Optimizer:
     except RuntimeError as error:
         raise ModelError(f"optimizer: {cfg.optimizer} cannot update this model's parameters: {error}") from error
     return optimizer
+
+
+def silent_steps(cfg: OptimConfig) -> int:
+    """Steps at the start of a run in which this optimizer moves no weight, by design."""
+    return OPTIMIZERS[cfg.optimizer].silent(cfg)
 
 
 def is_averaging(row: OptimizerRow) -> bool:

@@ -44,12 +44,12 @@ def read_run(output_dir: Path) -> RunFiles:
         name=output_dir.resolve().name,
         config_text=_read_text(output_dir / constants.CONFIG_FILE, problems) or "",
         plan=_read_mapping(output_dir / constants.PLAN_FILE, problems),
-        ledger=_read_mapping(output_dir / constants.LEDGER_FILE, problems),
+        ledger=_read_mapping(output_dir / constants.LEDGER_FILE, problems, optional=True),
         summary=_read_mapping(output_dir / constants.SUMMARY_FILE, problems),
         training=training,
         evaluations=evaluations,
         events=events,
-        samples=_read_lines(output_dir / constants.SAMPLES_FILE, problems),
+        samples=_read_lines(output_dir / constants.SAMPLES_FILE, problems, optional=True),
         promises=_read_promises(output_dir / constants.PROMISES_FILE, problems),
         problems=problems,
     )
@@ -88,18 +88,20 @@ def number(value: Any) -> float:
     return float(value)
 
 
-def _read_text(path: Path, problems: list[str]) -> str | None:
+def _read_text(path: Path, problems: list[str], *, optional: bool = False) -> str | None:
+    """The text, or None. `optional`: not every run writes the file, so that its absence is no problem."""
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
-        problems.append(f"{path.name} is not there")
+        if not optional:
+            problems.append(f"{path.name} is not there")
     except OSError as error:
         problems.append(f"{path.name} cannot be read: {error.strerror}")
     return None
 
 
-def _read_json(path: Path, problems: list[str]) -> Any:
-    text = _read_text(path, problems)
+def _read_json(path: Path, problems: list[str], *, optional: bool = False) -> Any:
+    text = _read_text(path, problems, optional=optional)
     if text is None:
         return None
     try:
@@ -109,8 +111,8 @@ def _read_json(path: Path, problems: list[str]) -> Any:
     return None
 
 
-def _read_mapping(path: Path, problems: list[str]) -> Json:
-    value = _read_json(path, problems)
+def _read_mapping(path: Path, problems: list[str], *, optional: bool = False) -> Json:
+    value = _read_json(path, problems, optional=optional)
     if value is not None and not isinstance(value, dict):
         problems.append(f"{path.name} holds a {type(value).__name__}, not a mapping")
     return value if isinstance(value, dict) else {}
@@ -121,8 +123,8 @@ def _read_promises(path: Path, problems: list[str]) -> list[Json]:
     return [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
 
 
-def _read_lines(path: Path, problems: list[str]) -> list[Json]:
-    text = _read_text(path, problems)
+def _read_lines(path: Path, problems: list[str], *, optional: bool = False) -> list[Json]:
+    text = _read_text(path, problems, optional=optional)
     rows: list[Json] = []
     damaged: list[int] = []
     for index, line in enumerate((text or "").splitlines(), start=1):

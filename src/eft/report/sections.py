@@ -149,7 +149,7 @@ def text_of(value: Any) -> str:
 
 
 def config_section(text: str) -> Markup:
-    """The effective config, keys and origins (the trailing comments) set apart, defaults faint. Long ones are folded."""
+    """The effective config: keys and origins (the trailing comments) set apart, defaults faint, folded when long."""
     lines = text.splitlines()
     title = element("summary", escape(f"config.yaml, {len(lines)} lines; bright: not the default"))
     body = element("pre", join(map(_config_line, lines), "\n"), class_="config")
@@ -186,10 +186,16 @@ def environment_section(environment: Json) -> Markup:
 
 
 def events_section(events: Iterable[Json]) -> Markup:
-    """What happened besides steps: saves, resumes, skipped updates."""
-    rows = [[escape(plain(e.get("step"))), escape(spoken(str(e["event"]))), escape(plain(_details(e)))] for e in events]
-    return table(["Step", "Event", "Details"], rows)
-
-
-def _details(event: Json) -> Json:
-    return {key: value for key, value in event.items() if key not in ("event", "step", "time")}
+    """What happened besides steps. Events that say nothing but their step, such as saves, share a line."""
+    plain_ones: dict[str, list[str]] = {}
+    rows = []
+    for event in events:
+        name, step = spoken(str(event["event"])), plain(event.get("step"))
+        details = {key: value for key, value in event.items() if key not in ("event", "step", "time")}
+        if details:
+            rows.append([escape(name), escape(step), escape(plain(details))])
+        else:
+            plain_ones.setdefault(name, []).append(step)
+    grouped = [[escape(name), escape(", ".join(steps)), Markup("")] for name, steps in plain_ones.items()]
+    head = ["Event", "Step", "Details"] if rows else ["Event", "Step"]
+    return table(head, [row[: len(head)] for row in [*grouped, *rows]])

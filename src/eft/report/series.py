@@ -117,6 +117,7 @@ def step_axis(low: float, high: float) -> Axis:
     if high <= low:
         low, high = low - 1.0, low + 1.0
     step = max(1.0, nice_step((high - low) / 5))
+    step = 5.0 if step == 2.5 else step  # steps are whole
     ticks = [k * step for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
     return Axis(low, high, False, [(tick, format_tick(tick, step)) for tick in ticks])
 

@@ -76,13 +76,15 @@ def summary_table(output_dir: Path) -> Table:
 
 
 def answers_table(samples: Sequence[dict[str, Any]]) -> Table:
-    """Questions with the reference, and the answers before and after training side by side."""
+    """Questions with the reference, and the answers before and after training side by side.
+
+    Samples are those of samples.jsonl (the last turn of `prompt` is shown), or have `question` instead of `prompt`.
+    """
     table = Table(title="Answers", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_lines=True)
     for name in ("question", "reference", "before", "after"):
         table.add_column(name, ratio=1, overflow="fold")
     for sample in samples:
-        prompt = sample.get("prompt")
-        question = prompt[-1].get("content") if isinstance(prompt, list) and prompt else prompt
+        question = sample["question"] if "question" in sample else sample["prompt"][-1].get("content")
         cells = [
             text_of(value).strip()
             for value in (question, sample.get("reference"), sample.get("before"), sample.get("after"))

@@ -43,7 +43,7 @@ __all__ = [
 
 MANIFEST_FORMAT = 1
 _STEP = re.compile(re.escape(CHECKPOINT_PREFIX) + r"(\d+)")
-_ASIDE = ".incomplete"
+_ASIDE = ".aside"
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _log = logging.getLogger(__name__)
 
@@ -99,15 +99,15 @@ class CheckpointStore:
     ) -> Iterator[Path | None]:
         """Yield a temporary folder to fill; on leaving, it becomes `checkpoint-<step>` and old ones are removed.
 
-        Yields None, with a log line, when a complete `checkpoint-<step>` is there already: it is kept. An incomplete
-        one is renamed aside first. `best_step` is never removed, nor is the one just written. `extra` goes into the
+        Yields None, with a log line, when a complete `checkpoint-<step>` with the same `extra` is there already: it is
+        kept. An incomplete one, or another run's, is renamed aside first. `best_step` is never removed, nor is the one just written. `extra` goes into the
         manifest. On an error in the body nothing is left and every older checkpoint is untouched.
 
         Raises:
             CheckpointError: the disk is full or the folder cannot be written.
         """
         target = self.path(step)
-        if target.exists() and self._keep_existing(target):
+        if target.exists() and self._keep_existing(target, extra or {}):
             yield None
             return
         with self._disk_errors(target), new_folder(target) as folder:
@@ -115,13 +115,16 @@ class CheckpointStore:
             write_manifest(folder, kind="checkpoint", extra={"step": step, **(extra or {})})
         self._retain(step, best_step)
 
-    def _keep_existing(self, target: Path) -> bool:
+    def _keep_existing(self, target: Path, extra: Mapping[str, Any]) -> bool:
         try:
-            verify_manifest(target)
+            manifest = verify_manifest(target)
+            other = [name for name, value in extra.items() if manifest.get(name) != value]
+            if other:
+                raise CheckpointError(f"it belongs to another run: {', '.join(other)} differ")
         except CheckpointError as error:
             aside = _free_name(target.with_name(target.name + _ASIDE))
             target.rename(aside)
-            _log.warning("%s was not complete (%s); renamed to %s.", target.name, error, aside.name)
+            _log.warning("%s is not this run's (%s); renamed to %s.", target.name, error, aside.name)
             return False
         _log.info("%s is there already and complete; kept.", target)
         return True

@@ -27,7 +27,11 @@ class CheckpointSaveMixin(TrainerHooks):
         if self.state.best_global_step:
             self.state.best_model_checkpoint = str(self.parts.checkpoint.path(self.state.best_global_step))
         if self.args.should_save:
-            extra = {"resumable": not self.args.save_only_model, "config": self.parts.fingerprint}
+            extra = {
+                "resumable": not self.args.save_only_model,
+                "config": self.parts.fingerprint,
+                "plan": self.plan.fingerprint,
+            }
             checkpoint = self.parts.checkpoint.write(step, self.state.best_global_step, extra)
             with self.parts.meter.paused(), checkpoint as folder:
                 if folder is not None:

@@ -74,6 +74,11 @@ class EftTrainer(
         set_seed(self.parts.seed)
         self.parts.meter.restore({"tokens": 0, "trained_tokens": 0, "seconds": 0.0})
         output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        if resume_from_checkpoint and output.global_step == self._initial_global_step:
+            # Nothing was left to train, so `_run_epoch` restored nothing.
+            named = isinstance(resume_from_checkpoint, str)
+            folder = resume_from_checkpoint if named else self.parts.checkpoint.path(output.global_step)
+            self._restore_progress(str(folder))
         self.totals = self.parts.meter.state()
         # `_tr_loss` holds what an early exit left unlogged.
         self.progress.add(float(self._tr_loss), output.global_step)
