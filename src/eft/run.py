@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import resource
 import time
@@ -24,8 +23,8 @@ from eft.config.root import TrainConfig
 from eft.config.usage import KEYS_OF_RUN, keys_read
 from eft.core import constants
 from eft.core.atomic import write_json, write_text
-from eft.core.errors import ConfigError, DataError, PromiseBroken
-from eft.core.records import Message, PromiseResult
+from eft.core.errors import ConfigError, PromiseBroken
+from eft.core.records import PromiseResult
 from eft.data.chat_template import resolve_template
 from eft.data.dataset_meta import DatasetMeta
 from eft.data.entry import Progress
@@ -33,7 +32,6 @@ from eft.data.plan import Plan, build_plan
 from eft.data.prepare import prepare_datasets
 from eft.models.adapters import apply_adapter, apply_freezing
 from eft.models.export import check_saved_tensors, export_model, verify_export
-from eft.models.generate import sample_texts
 from eft.models.load import load_model
 from eft.models.tokenizer import load_tokenizer, resize_embeddings
 from eft.optim.schedulers import schedule_options
@@ -41,6 +39,7 @@ from eft.parallel.plan import batch_of
 from eft.runtime.checkpoint import CheckpointStore, verify_manifest
 from eft.runtime.env import Environment, resolve_precision, versions
 from eft.runtime.run_folder import RunFolder, check_run_folder, claim_run_folder
+from eft.samples import SampleAnswers
 from eft.start_table import Rows, start_rows
 from eft.trainer.trainer import EftTrainer
 
@@ -182,6 +181,8 @@ class Run:
     console: Console | None
     outcome: RunOutcome
     export: ExportSettings
+    samples: SampleAnswers | None
+    """Held-out prompts answered before and after; None without `generate_samples`."""
 
     @property
     def path(self) -> Path:
@@ -224,8 +225,8 @@ def train(
     if on_start is not None:
         on_start(start_rows(config, run.trainer, run.meta), run.meta)
     checkpoint = _checkpoint_to_resume(run)
-    before = _sample_answers(run) if checkpoint is None else None
-    _save_samples(run, before, None)
+    if run.samples is not None:
+        run.samples.start(model=run.model, resumed=checkpoint is not None)
     started = time.time()
     result = run.trainer.train(resume_from_checkpoint=checkpoint)
     _finish(run, result, time.time() - started)
@@ -247,7 +248,18 @@ def _assemble(config: TrainConfig, folder: RunFolder, meta: DatasetMeta | None, 
     builder.train_dataset, builder.eval_dataset = meta.train_dataset, meta.eval_dataset
     # The plan decides the steps; a number from elsewhere would only repeat it.
     trainer = builder.build(None)
-    return Run(config, folder, tokenizer, meta, model, trainer, console, builder.outcome, ExportSettings.of(config))
+    return Run(
+        config,
+        folder,
+        tokenizer,
+        meta,
+        model,
+        trainer,
+        console,
+        builder.outcome,
+        ExportSettings.of(config),
+        SampleAnswers.of(config, tokenizer, meta, folder.path) if config.generate_samples else None,
+    )
 
 
 def _write_start(run: Run, origins: Mapping[str, str]) -> None:
@@ -290,51 +302,12 @@ def _checkpoint_to_resume(run: Run) -> str | None:
     return str(newest)
 
 
-def _sample_prompts(run: Run) -> list[list[Message]]:
-    """Held-out conversations up to, not including, their last turn of the assistant."""
-    config = run.config
-    if not config.generate_samples:
-        return []
-    conversations = [turns for turns in run.meta.eval_conversations if turns and turns[-1]["role"] == "assistant"]
-    if not conversations:
-        raise DataError(
-            "generate_samples: the held-out rows hold no conversation that ends with an answer of the assistant. "
-            "Set `generate_samples: false`."
-        )
-    return conversations[: config.num_generation_samples]
-
-
-def _sample_answers(run: Run) -> list[str]:
-    conversations = _sample_prompts(run)
-    if not conversations:
-        return []
-    prompts = [turns[:-1] for turns in conversations]
-    return sample_texts(
-        run.model, run.tokenizer, prompts, max_new_tokens=run.config.generation_max_new_tokens, batch_size=8
-    )
-
-
-def _save_samples(run: Run, before: list[str] | None, after: list[str] | None) -> None:
-    """samples.jsonl: prompt, reference, and the answers known so far."""
-    path = run.path / constants.SAMPLES_FILE
-    conversations = _sample_prompts(run)
-    if not conversations or (before is None and after is None):
-        return
-    if before is None and path.is_file():
-        before = [json.loads(line)["before"] for line in path.read_text().splitlines()]
-    blank = [""] * len(conversations)
-    rows = [
-        {"prompt": turns[:-1], "reference": turns[-1].get("content", ""), "before": old, "after": new}
-        for turns, old, new in zip(conversations, before or blank, after or blank, strict=True)
-    ]
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
 def _finish(run: Run, result: Any, seconds: float) -> None:
     """Export and verify a finished run; write what is known of any."""
     interrupted = run.outcome.signal_number is not None and result.global_step < run.trainer.args.max_steps
     if not interrupted:
-        _save_samples(run, None, _sample_answers(run) if run.config.generate_samples else None)
+        if run.samples is not None:
+            run.samples.finish(run.model)
         run.outcome.promises.extend(_export(run))
     run.outcome.promises.append(_schedule_promise(run, result.global_step))
     write_json(run.path / constants.PROMISES_FILE, [asdict(promise) for promise in run.outcome.promises])

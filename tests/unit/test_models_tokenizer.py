@@ -163,8 +163,16 @@ EMBEDDING_ONLY = {**LORA, "lora_modules_to_save": ["embed_tokens"]}
         ),
         (False, {**LORA, "lora_modules_to_save": ["embed_tokens", "lm_head"]}, None),
         (True, EMBEDDING_ONLY, None),
-        (False, {"train_top_layers": 1}, r"add '\^model.embed_tokens.weight\$', '\^lm_head.weight\$' to unfrozen_par"),
-        (False, {"unfrozen_parameters": ["lm_head"]}, r"model.embed_tokens.weight would stay frozen"),
+        (
+            False,
+            {"train_top_layers": 1},
+            r"together with '\^model.embed_tokens.weight\$', '\^lm_h",
+        ),
+        (
+            False,
+            {"unfrozen_parameters": ["lm_head"]},
+            r"would stay frozen; add to unfrozen_parameters: '",
+        ),
         (True, {"unfrozen_parameters": ["lm_head"]}, None),
     ],
 )

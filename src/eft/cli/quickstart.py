@@ -37,7 +37,11 @@ def quickstart(
         console.print(quantities_table("Before the first step", rows))
 
     result = run_demo(
-        loaded, Path(loaded.config.base_model), console, show_start, lambda folder: console.print("Training is over.")
+        loaded,
+        Path(loaded.config.base_model).parent,
+        console,
+        show_start,
+        lambda folder: console.print("Training is over."),
     )
     folder = Path(loaded.config.output_dir)
     before, after, rows = result.before, result.after, result.rows

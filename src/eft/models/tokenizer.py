@@ -164,9 +164,12 @@ def _check_new_rows_trained(
     frozen = [f"{name}.weight" for name in names if f"{name}.weight" not in trained_names]
     if frozen:
         patterns = ", ".join(f"'^{name}$'" for name in frozen)
+        what_to_do = "add to unfrozen_parameters:"
+        if cfg.train_top_layers is not None:
+            what_to_do = "instead of train_top_layers list the layers in unfrozen_parameters, together with"
         raise ConfigError(
             f"tokens: {shown} would be new to the model, and {' and '.join(frozen)} would stay frozen; "
-            f"add {patterns} to unfrozen_parameters"
+            f"{what_to_do} {patterns}"
         )
 
 

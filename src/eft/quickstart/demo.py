@@ -10,18 +10,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eft import run
 from eft.config.load import LoadedConfig
+from eft.config.model import ModelConfig
 from eft.config.root import TrainConfig
-from eft.core.atomic import write_json
+from eft.core.atomic import new_folder, write_json
 from eft.core.constants import SUMMARY_FILE
 from eft.data.dataset_meta import DatasetMeta
 from eft.models.adapters import set_dtypes
 from eft.models.generate import sample_texts
-from eft.quickstart.material import write_material
+from eft.models.load import load_model
+from eft.models.tokenizer import load_tokenizer
+from eft.quickstart.material import GGUF_FILE, write_material
 from eft.quickstart.measure import Score, score
 from eft.quickstart.plain_loop import PlainTiming, time_plain_loop
 
@@ -66,6 +70,8 @@ def run_demo(
     started = time.monotonic()
     config = loaded.config
     _, held_out = write_material(material)
+    console.print("Unpacking the model …")
+    lay_out_model(material, Path(config.base_model))
     rows = [json.loads(line) for line in held_out.read_text().splitlines()]
     tokenizer = run.prepare_tokenizer(config)
     meta = run.load_datasets(config, tokenizer)
@@ -107,6 +113,16 @@ def run_demo(
     )
     write_json(Path(config.output_dir) / RESULT_FILE, asdict(result))
     return result
+
+
+def lay_out_model(material: Path, model: Path) -> None:
+    """De-quantise the GGUF weights once into a plain folder: reading GGUF takes half a minute each time."""
+    if (model / "config.json").is_file():
+        return
+    source = ModelConfig(base_model=str(material), gguf_file=GGUF_FILE)
+    with new_folder(model) as folder:
+        load_model(source, compute_dtype=torch.bfloat16, seed=0).save_pretrained(folder)
+        load_tokenizer(source).save_pretrained(folder)
 
 
 def _answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]]) -> list[str]:

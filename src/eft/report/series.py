@@ -10,6 +10,9 @@ from typing import Literal
 LOG_RANGE = 30.0
 """A positive series whose bulk (5th to 95th percentile) spans more than this factor is drawn on a log axis."""
 
+_LARGE = ((999.5e9, 1e12, "T"), (999.5e6, 1e9, "B"), (999.5e3, 1e6, "M"), (9999.5, 1e3, "k"))
+"""Numbers from the first on are shown in units of the second; below 1,000 units there is no exponent."""
+
 
 @dataclass(frozen=True)
 class Series:
@@ -167,10 +170,9 @@ def format_number(value: float) -> str:
         return "0"
     if size < 1e-3:
         return _scientific(value, significant=3)
-    for limit, mark in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e4, "k")):
-        if size >= limit * (1 - 5e-4):
-            divisor = 1e3 if mark == "k" else limit
-            return f"{value / divisor:.3g}{mark}" if size / divisor < 999.5 else f"{value / divisor:.0f}{mark}"
+    for limit, divisor, mark in _LARGE:
+        if size >= limit:
+            return f"{value / divisor:.3g}{mark}"
     if size >= 100 or value == int(value):
         return f"{value:,.0f}"
     return f"{value:.4g}"

@@ -100,8 +100,9 @@ class CheckpointStore:
         """Yield a temporary folder to fill; on leaving, it becomes `checkpoint-<step>` and old ones are removed.
 
         Yields None, with a log line, when a complete `checkpoint-<step>` with the same `extra` is there already: it is
-        kept. An incomplete one, or another run's, is renamed aside first. `best_step` is never removed, nor is the one just written. `extra` goes into the
-        manifest. On an error in the body nothing is left and every older checkpoint is untouched.
+        kept. An incomplete one, or another run's, is renamed aside first. `best_step` is never removed, nor is the one
+        just written. `extra` goes into the manifest. On an error in the body nothing is left and every older checkpoint
+        is untouched.
 
         Raises:
             CheckpointError: the disk is full or the folder cannot be written.
