@@ -1,4 +1,4 @@
-"""Headless Chromium by its DevTools protocol: open a page, run script in it, and know every request and message of it."""
+"""Headless Chromium by its DevTools protocol: open a page, run script in it, know its every request and message."""
 
 from __future__ import annotations
 

@@ -248,5 +248,5 @@ def flow_rules(config: TrainConfig) -> FlowRules:
         saves_per_epoch=saves_per_epoch if saving and config.save_steps is None else None,
         save_first_step=config.save_first_step and saving,
         save_at_end=saving,
-        save_on_evaluation=best and saving,
+        save_best=best and saving,
     )

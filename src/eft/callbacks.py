@@ -184,6 +184,8 @@ class EarlyStopping(EarlyStoppingCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
         """Count evaluations without a better metric."""
+        if f"eval_{args.metric_for_best_model.removeprefix('eval_')}" not in metrics:
+            return  # one of several held-out sets, and not the one that decides
         super().on_evaluate(args, state, control, metrics, **kwargs)
         if self.early_stopping_patience_counter >= self.early_stopping_patience:
             metric, patience = args.metric_for_best_model, self.early_stopping_patience

@@ -5,13 +5,14 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from peft import AutoPeftModelForCausalLM
-from transformers import PreTrainedModel
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eft.builder import HFCausalTrainerBuilder
 from eft.config.root import TrainConfig
 from eft.core.errors import ConfigError, ModelError
 from eft.models.load import load_model
+from eft.models.tokenizer import resize_embeddings
 from eft.run import load_datasets, load_trainable_model, prepare_tokenizer
 from eft.runtime.env import Environment, resolve_precision
 
@@ -31,7 +32,9 @@ def evaluate_model(config: TrainConfig, model_path: str | None = None) -> dict[s
     meta = load_datasets(config, tokenizer)
     if meta.eval_dataset is None:
         raise ConfigError("eft evaluate needs held-out data: set `val_set_size` or `test_datasets`")
-    model = load_trainable_model(config, tokenizer) if model_path is None else load_trained(config, model_path)
+    model = (
+        load_trainable_model(config, tokenizer) if model_path is None else load_trained(config, tokenizer, model_path)
+    )
     with tempfile.TemporaryDirectory() as folder:
         builder = HFCausalTrainerBuilder(
             config.model_copy(update={"output_dir": folder, "adapter": None}), model, tokenizer
@@ -42,13 +45,22 @@ def evaluate_model(config: TrainConfig, model_path: str | None = None) -> dict[s
     return {name: value for name, value in metrics.items() if name.endswith(("_loss", "_ppl"))}
 
 
-def load_trained(config: TrainConfig, model_path: str) -> PreTrainedModel:
-    """A full export or an adapter folder, with the config's dtype rules."""
+def load_trained(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, model_path: str
+) -> PreTrainedModel | PeftModel:
+    """A full export, or an adapter's folder on the config's base model.
+
+    Raises:
+        ModelError: no such folder, or it holds no model.
+    """
     folder = Path(model_path)
     if not folder.is_dir():
         raise ModelError(f"{model_path}: no such folder")
     compute_dtype = resolve_precision(config, Environment.detect()).compute_dtype
     if (folder / "adapter_config.json").is_file():
-        return AutoPeftModelForCausalLM.from_pretrained(folder, dtype="auto")
+        # Not by peft's own loader, which knows nothing of GGUF files and added tokens.
+        base = load_model(config, compute_dtype=compute_dtype, seed=config.seed)
+        resize_embeddings(base, tokenizer, config, seed=config.seed)
+        return PeftModel.from_pretrained(base, folder)
     update = {"base_model": model_path, "gguf_file": None, "revision_of_model": None}
     return load_model(config.model_copy(update=update), compute_dtype=compute_dtype, seed=config.seed)

@@ -8,7 +8,7 @@ from eft.config.root import TrainConfig
 from eft.data.dataset_meta import DatasetMeta
 from eft.data.plan import Plan
 from eft.models.probes import dtype_table
-from eft.optim.schedulers import warmup_of
+from eft.optim.schedulers import schedule_name, warmup_of
 from eft.parallel.plan import batch_of
 from eft.trainer.flow import Flow
 from eft.trainer.trainer import EftTrainer
@@ -75,15 +75,16 @@ def _step_rows(config: TrainConfig, summary: dict[str, Any], world_size: int) ->
         ("tokens per step", f"{per_step['min']:,} to {per_step['max']:,}, median {per_step['median']:,.0f}"),
         (
             "learning rate",
-            f"{config.learning_rate:g} · {config.lr_scheduler} · warm-up {warmup_of(config, total)} steps",
+            f"{config.learning_rate:g} · {schedule_name(config).value} · warm-up {warmup_of(config, total)} steps",
         ),
         ("optimizer", config.optimizer),
     ]
 
 
 def _flow_rows(flow: Flow) -> Rows:
+    best = " · after every evaluation that is the best so far" if flow.save_best else ""
     return [
-        ("checkpoints", f"after step {_steps(flow.save_at)}" if flow.save_at else "none"),
+        ("checkpoints", (f"after step {_steps(flow.save_at)}" if flow.save_at else "none") + best),
         ("evaluations", f"after step {_steps(flow.evaluate_at)}" if flow.evaluate_at else "none"),
     ]
 

@@ -190,7 +190,7 @@ def _suspicious_call(node: ast.Call, imported: dict[str, str], allowed: frozense
         yield node.lineno, f"calls {name}"
     if last in ("setattr", "delattr", "__setattr__") and node.args:
         target = _dotted(node.args[0], imported)
-        key = node.args[1].value if len(node.args) > 1 and isinstance(node.args[1], ast.Constant) else "?"
+        key = str(node.args[1].value) if len(node.args) > 1 and isinstance(node.args[1], ast.Constant) else "?"
         on_class = _is_class_of_instance(ast.Attribute(value=node.args[0], attr="_"))
         if (target is not None and f"{target}.{key}" not in allowed) or on_class or key in PATCHED_ATTRIBUTES:
             yield node.lineno, f"calls {last} on {target or ast.unparse(node.args[0])} ({key})"

@@ -190,6 +190,9 @@ def test_schedule_free(train: Train, optimizer: str, steps: int, stops: Sequence
     keys = {"optimizer": optimizer, "evals": HELD_OUT, "val_set_size": 0.1, "eval_steps": 2, "eval_strategy": "steps"}
     straight = check_every_stop(train, steps=steps, stops=stops, max_steps=steps, warmup_steps=2, **keys)
     assert [row["step"] for row in straight.rows if "eval_loss" in row] == [*range(2, steps, 2), steps]
+    never_evaluated = train("alone", max_steps=steps, warmup_steps=2, optimizer=optimizer)
+    assert_same_tensors(straight.weights, never_evaluated.weights)
+    assert_same_tensors(straight.optimizer, never_evaluated.optimizer)
 
 
 def test_early_stopping_counts_on(train: Train) -> None:

@@ -16,6 +16,7 @@ from eft import run
 from eft.config.optim import SchedulerName
 from eft.optim.schedulers import learning_rates
 from eft.runtime.checkpoint import CheckpointStore
+from eft.trainer.flow import marks
 from eft.trainer.trainer import EftTrainer
 from tests.functional.conftest import MakeConfig, MakeTrainer
 from tests.functional.reference import token_rows
@@ -162,7 +163,6 @@ def test_learning_rates_are_the_closed_form(name: str, keys: dict[str, Any], mak
         pytest.param({"num_epochs": 1.5}, [5, 8], [5, 8], id="the end of part of an epoch"),
         pytest.param({"save_steps": 3}, [5, 10], [3, 6, 9, 10], id="save_steps"),
         pytest.param({"save_steps": 0.3}, [5, 10], [3, 6, 9, 10], id="save_steps as a share"),
-        pytest.param({"save_steps": 0.7}, [5, 10], [7, 10], id="save_steps as a share that binary rounds up"),
         pytest.param({"saves_per_epoch": 2}, [5, 10], [3, 5, 8, 10], id="saves_per_epoch"),
         pytest.param({"save_strategy": "epoch"}, [5, 10], [5, 10], id="save_strategy epoch"),
         pytest.param({"save_strategy": "no"}, [5, 10], [], id="save_strategy no"),
@@ -192,15 +192,27 @@ def test_evaluations_and_saves(
     assert list(logged(trainer, "loss")) == [s for s in range(1, last + 1) if s in (1, last) or s % every == 0]
 
 
+def test_shares_of_the_steps_are_decimal() -> None:
+    """0.07 × 100 is above 7 in binary."""
+    assert min(marks(0.07, None, [100], 100)) == 7
+
+
 def test_no_held_out_data_no_evaluation(make_trainer: MakeTrainer) -> None:
     assert events_of(make_trainer(ROWS, **ONE_BY_ONE)).evaluations == []
 
 
 def test_several_held_out_sets(make_trainer: MakeTrainer) -> None:
     evals = {"near": token_rows(2, seed=1), "far": token_rows(3, seed=2)}
-    trainer = make_trainer(ROWS, evals, sample_packing=False, max_steps=2, val_set_size=0.1)
+    keys = {"early_stopping_patience": 2, "eval_steps": 1, "lr_scheduler": "constant", "learning_rate": 0.1}
+    trainer = make_trainer(ROWS, evals, sample_packing=False, max_steps=12, val_set_size=0.1, save_steps=12, **keys)
     trainer.train()
-    assert set(logged(trainer, "eval_near_loss")) == set(logged(trainer, "eval_far_loss")) == {2}
+    near, far, both = (logged(trainer, name) for name in ("eval_near_loss", "eval_far_loss", "eval_loss"))
+    weights = [sum(label >= 0 for row in rows for label in row["labels"]) for rows in evals.values()]
+    for step, loss in both.items():
+        assert loss == pytest.approx((weights[0] * near[step] + weights[1] * far[step]) / sum(weights), rel=1e-12)
+    best = min(both, key=both.__getitem__)
+    assert trainer.state.best_global_step == best
+    assert trainer.state.global_step == max(both) == best + 2 < 12, "early stopping goes by the loss over both"
 
 
 # ---- the best model ------------------------------------------------------------------------------------------------
@@ -235,6 +247,7 @@ def test_save_total_limit(make_trainer: MakeTrainer, tmp_path: Path) -> None:
 def test_save_strategy_best(make_trainer: MakeTrainer) -> None:
     """A checkpoint wherever the metric is better than ever before, and at the end."""
     trainer, events, _ = overfitting_run(make_trainer, save_strategy="best", save_total_limit=0)
+    assert trainer.flow.save_at == {10}
     losses = logged(trainer, "eval_loss")
     records = [step for step, loss in losses.items() if all(loss < losses[s] for s in losses if s < step)]
     assert events.saves == sorted({*records, 10})

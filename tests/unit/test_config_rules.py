@@ -77,6 +77,17 @@ CASES: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
         {**HELD_OUT, "load_best_model_at_end": True},
     ),
     (
+        "best_average_needs_optimizer_state",
+        {
+            **HELD_OUT,
+            "load_best_model_at_end": True,
+            "save_only_model": True,
+            "optimizer": "schedule_free_adamw",
+        },
+        "save_only_model",
+        {**HELD_OUT, "load_best_model_at_end": True, "save_only_model": True},
+    ),
+    (
         "one_eval_interval",
         {**HELD_OUT, "eval_steps": 5, "evals_per_epoch": 2},
         "evals_per_epoch",

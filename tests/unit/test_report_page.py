@@ -6,6 +6,7 @@ import json
 import math
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -173,7 +174,7 @@ def test_values_of_the_wrong_kind_break_nothing(tmp_path: Path) -> None:
 
 
 def test_a_step_written_twice_counts_once() -> None:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"step": 1, "loss": 3.0},
         {"step": 2, "loss": 2.0},
         {"event": "resume", "step": 1},

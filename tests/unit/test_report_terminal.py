@@ -92,6 +92,13 @@ def test_curve_is_a_grid_of_dots_without_holes() -> None:
     assert rising == sorted(rising, reverse=True)
 
 
+def test_a_steep_piece_is_a_vertical_line() -> None:
+    lines = curve("rate", [0.0] * 20 + [1.0] * 20, width=20, height=4).plain.splitlines()
+    columns = [{line.split("│")[1][10] for line in lines[1:5]}, {line.split("│")[1][5] for line in lines[1:4]}]
+    assert chr(0x2800) not in columns[0]
+    assert columns[1] == {chr(0x2800)}
+
+
 def test_curve_of_few_or_no_values() -> None:
     assert curve("a", []).plain == "a: no values"
     assert curve("a", [math.nan]).plain == "a: no values"

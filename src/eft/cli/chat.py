@@ -32,7 +32,7 @@ def chat(
 
     path = model or loaded.config.output_dir
     tokenizer = prepare_tokenizer(loaded.config)
-    loaded_model = load_trained(loaded.config, path)
+    loaded_model = load_trained(loaded.config, tokenizer, path)
     turns: list[Message] = [{"role": "system", "content": system}] if system else []
     if prompt is None:
         console.print(f"{path} · an empty line ends the conversation", highlight=False)

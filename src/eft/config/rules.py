@@ -219,6 +219,16 @@ def best_model_needs_checkpoints(config: TrainConfig) -> tuple[str, str] | None:
     return None
 
 
+def best_average_needs_optimizer_state(config: TrainConfig) -> tuple[str, str] | None:
+    if config.load_best_model_at_end and config.save_only_model and config.optimizer.startswith("schedule_free_"):
+        return (
+            "save_only_model",
+            f"`save_only_model`: the weights that {config.optimizer} evaluates are worked out from its state, which "
+            "`load_best_model_at_end` then lacks; remove one of the two",
+        )
+    return None
+
+
 # Evaluation
 
 
@@ -379,6 +389,7 @@ RULES: tuple[Rule, ...] = (
     save_interval_fits_strategy,
     save_steps_are_whole,
     best_model_needs_checkpoints,
+    best_average_needs_optimizer_state,
     one_eval_interval,
     eval_interval_fits_strategy,
     eval_steps_are_whole,

@@ -57,7 +57,7 @@ def resolve_batch(
         if global_batch_size is not None and global_batch_size != pinned_global_batch_size:
             raise ConfigError(
                 f"global_batch_size: {global_batch_size}, but the checkpoint was trained with "
-                f"{pinned_global_batch_size}; keep that, or pass --allow-change."
+                f"{pinned_global_batch_size}; set it back, or start a new run from the checkpoint's weights."
             )
         accumulation = _divide(pinned_global_batch_size, at_once, product, pinned=True)
         return BatchPlan(micro_batch_size, accumulation, pinned_global_batch_size, "the checkpoint's global batch")

@@ -118,7 +118,7 @@ def _restore_options(path: Path, group: dict[str, Any], stored: dict[str, Any], 
             setting = "learning_rate" if key == "initial_lr" else key
             raise CheckpointError(
                 f"{path}: written with {setting} {value!r} in group {label!r}, but this run has {group[key]!r}; "
-                "set it back, or pass --allow-change to go on with this run's."
+                "set it back, or start a new run from the checkpoint's weights."
             )
 
 

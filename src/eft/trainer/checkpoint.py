@@ -73,8 +73,14 @@ class CheckpointSaveMixin(TrainerHooks):
         self.lr_scheduler.load_state_dict(json.loads((folder / SCHEDULER_FILE).read_text()))
 
     def _load_best_model(self) -> None:
-        """Put the best checkpoint's weights into the model at the end of the training."""
-        self.parts.checkpoint.load_weights(Path(self.state.best_model_checkpoint), self.model)
+        """Put the best checkpoint's weights into the model at the end of the training.
+
+        And its optimizer state: the weights of a schedule-free optimizer are evaluated and exported through it.
+        """
+        folder = Path(self.state.best_model_checkpoint)
+        self.parts.checkpoint.load_weights(folder, self.model)
+        if not self.args.save_only_model:
+            self.parts.checkpoint.load_optimizer(folder, self.model, self.plain_optimizer())
 
     def plain_optimizer(self) -> Any:
         """The optimizer itself, out of accelerate's wrapper."""

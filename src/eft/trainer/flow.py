@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -18,7 +19,8 @@ def marks(every: float | None, per_epoch: int | None, epoch_ends: list[int], tot
     being the epoch's last step. Both None: never.
     """
     if every is not None:
-        interval = int(every) if every >= 1 else math.ceil(every * total_steps)
+        # Through the decimal text: 0.07 of 100 steps are 7 steps, and 0.07 × 100 is above 7 in binary.
+        interval = int(every) if every >= 1 else math.ceil(Fraction(str(every)) * total_steps)
         return frozenset(range(interval, total_steps + 1, interval))
     if per_epoch is None:
         return frozenset()
@@ -38,6 +40,7 @@ class Flow:
     evaluate_at: frozenset[int]
     save_at: frozenset[int]
     total_steps: int
+    save_best: bool
 
 
 def make_flow(rules: FlowRules, epoch_ends: list[int], total_steps: int, has_eval: bool) -> Flow:
@@ -53,9 +56,7 @@ def make_flow(rules: FlowRules, epoch_ends: list[int], total_steps: int, has_eva
         save_at |= {1}
     if rules.save_at_end:
         save_at |= {total_steps}
-    if rules.save_on_evaluation:
-        save_at |= evaluate_at
-    return Flow(rules.logging_steps, evaluate_at, save_at, total_steps)
+    return Flow(rules.logging_steps, evaluate_at, save_at, total_steps, rules.save_best)
 
 
 class FlowCallback(TrainerCallback):
@@ -82,4 +83,22 @@ class FlowCallback(TrainerCallback):
         control.should_evaluate |= step in self.flow.evaluate_at
         control.should_save |= step in self.flow.save_at
         control.should_training_stop |= last
+        return control
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> TrainerControl:
+        """Save what is better than ever before, where the best weights are wanted."""
+        if self.flow is not None and self.flow.save_best and state.global_step > 0:
+            name = args.metric_for_best_model or ""
+            value = (metrics or {}).get(name if name.startswith("eval_") else f"eval_{name}", math.nan)
+            # Upstream's comparison, which it makes only after this event; NaN is never better.
+            worst = -math.inf if args.greater_is_better else math.inf
+            best = worst if state.best_metric is None else state.best_metric
+            control.should_save |= value > best if args.greater_is_better else value < best
         return control

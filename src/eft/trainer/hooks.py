@@ -47,6 +47,7 @@ HOOK_OWNERS: dict[str, tuple[str, ...]] = {
         "train",
         "compute_loss",
         "_get_num_items_in_batch",
+        "evaluate",
         "evaluation_loop",
         "log",
         "floating_point_ops",

@@ -90,7 +90,8 @@ class FlowRules:
     saves_per_epoch: int | None
     save_first_step: bool
     save_at_end: bool
-    save_on_evaluation: bool
+    save_best: bool
+    """Also after every evaluation that is better than all before it."""
 
 
 @dataclass

@@ -56,6 +56,8 @@ class EftTrainer(
         self.totals: dict[str, float] = {}
         """Tokens, trained tokens and seconds of the training, once it is over."""
         self.flow_callback = FlowCallback()
+        self._split_sums: dict[str, tuple[float, float]] = {}
+        """(Σ weight · NLL, Σ weight) of the last evaluation of each split, by metric prefix."""
         super().__init__(**kwargs)
         self.remove_callback(DefaultFlowCallback)
         self.remove_callback(PrinterCallback)
@@ -206,6 +208,23 @@ class EftTrainer(
             self._flops_per_token = 6 * int(self.model.num_parameters(exclude_embeddings=True))
         return int(inputs["num_tokens"]) * self._flops_per_token
 
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Upstream's; of several named splits also the loss over all of them, which decides which model is best."""
+        metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        splits = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(splits, dict):
+            sums = [self._split_sums[f"{metric_key_prefix}_{name}"] for name in splits]
+            whole = _mean_metrics(metric_key_prefix, sum(nll for nll, _ in sums), sum(weight for _, weight in sums))
+            self.log(dict(whole))
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, whole)
+            metrics.update(whole)
+        return metrics
+
     def evaluation_loop(
         self,
         dataloader: DataLoader[Any],
@@ -228,8 +247,8 @@ class EftTrainer(
                 weight = inputs["step_weight"]  # of the whole split, the same in every batch
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         nll = float(self.accelerator.reduce(total, reduction="sum"))
-        loss = nll / weight if weight > 0 else math.nan
-        metrics = {f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_ppl": math.exp(min(loss, 700.0))}
+        self._split_sums[metric_key_prefix] = (nll, weight)
+        metrics = _mean_metrics(metric_key_prefix, nll, weight)
         return EvalLoopOutput(
             predictions=None, label_ids=None, metrics=metrics, num_samples=self.num_examples(dataloader)
         )
@@ -243,3 +262,9 @@ class EftTrainer(
 
     def _evaluated_optimizer(self) -> Any:
         return None if self.optimizer is None else self.plain_optimizer()
+
+
+def _mean_metrics(prefix: str, nll: float, weight: float) -> dict[str, float]:
+    """Loss and perplexity out of Σ weight · NLL and Σ weight; NaN where nothing is trained."""
+    loss = nll / weight if weight > 0 else math.nan
+    return {f"{prefix}_loss": loss, f"{prefix}_ppl": math.exp(min(loss, 700.0))}

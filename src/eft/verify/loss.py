@@ -13,7 +13,15 @@ from eft.core.records import PromiseResult, TokenDataset, TokenSample
 from eft.data.batches import BatchSource
 from eft.data.collators import Batch
 from eft.trainer.trainer import EftTrainer
-from eft.verify.exact import GradientGap, compare_gradients, plain_loss, stock_attention, take_gradients
+from eft.verify.exact import (
+    GradientGap,
+    compare_gradients,
+    dtype_name,
+    limits_of,
+    plain_loss,
+    stock_attention,
+    take_gradients,
+)
 from eft.verify.excerpt import as_dataset, first_documents
 from eft.verify.packing import short_rows
 from eft.verify.verification import Verification
@@ -21,18 +29,18 @@ from eft.verify.verification import Verification
 ACCUMULATIONS = (1, 2, 4)
 NUM_DOCUMENTS = 8
 LONGEST = 64
-LOSS_TOLERANCE = 1e-6
 
 
 def check_loss(verification: Verification, trainer: EftTrainer) -> PromiseResult:
     """E2 on the first documents of the plan, as one global batch, cut into 1, 2 and 4 micro-batches of uneven size.
 
     Between them come a micro-batch whose labels are all masked, and the dummy of a rank without a share (D3). Call it
-    inside `exact_arithmetic`, with a trainer in fp32. Leaves no gradients.
+    inside `exact_arithmetic`, with the exact trainer. Leaves no gradients.
     """
     documents = first_documents(verification.plan, NUM_DOCUMENTS, LONGEST)
     dataset = as_dataset(documents)
     model = trainer.model
+    limits = limits_of(model)
     model.train()
     with stock_attention(model):
         expected_loss = plain_loss(model, documents)
@@ -43,16 +51,17 @@ def check_loss(verification: Verification, trainer: EftTrainer) -> PromiseResult
         loss = trainer_loss(trainer, dataset, accumulation)
         loss_gap = abs(loss - expected_loss) / abs(expected_loss)
         gap = compare_gradients(take_gradients(model), expected)
-        if not loss_gap <= LOSS_TOLERANCE:
+        if not loss_gap <= limits.loss:
             faults.append(f"accumulation {accumulation}: loss {loss:.7g}, expected {expected_loss:.7g}")
-        if not gap.is_small:
+        if not gap.is_within(limits):
             faults.append(f"accumulation {accumulation}: gradients differ by {gap.share:.1e} in {gap.tensor or 'all'}")
         worst_loss = max(worst_loss, loss_gap)
         worst = max(worst, gap, key=lambda entry: entry.share)
     tokens = sum(len(document.input_ids) for document in documents)
     measured = (
         f"{len(documents)} documents, {tokens} tokens, accumulation {', '.join(map(str, ACCUMULATIONS))}: loss "
-        f"{worst_loss:.1e}, gradients {worst.share:.1e} from plain cross entropy; fp32{verification.precision_note()}"
+        f"{worst_loss:.1e}, gradients {worst.share:.1e} from plain cross entropy; "
+        f"{dtype_name(model)}{verification.precision_note()}"
     )
     return PromiseResult(
         "E2",

@@ -16,17 +16,21 @@ from eft.data.collators import Batch, Collator
 from eft.models.attention import measure_boundaries
 from eft.models.forward import TrainedLogits
 from eft.trainer.trainer import EftTrainer
-from eft.verify.exact import GradientGap, compare_gradients, take_gradients, trained_tokens
+from eft.verify.exact import (
+    GradientGap,
+    Limits,
+    compare_gradients,
+    dtype_name,
+    limits_of,
+    take_gradients,
+    trained_tokens,
+)
 from eft.verify.excerpt import first_documents
 from eft.verify.verification import Verification
 
 NUM_DOCUMENTS = 4
 LONGEST = 128
 """Tokens of the longest document of the row."""
-LOGIT_TOLERANCE = 1e-5
-"""Of the largest logit."""
-LOSS_TOLERANCE = 1e-5
-"""Of the largest loss of a document."""
 PADDING = 64
 """Rows that the run pads are padded here to a multiple of this, so that a row stays short."""
 
@@ -36,24 +40,26 @@ class _Gaps:
     """Differences between the row and its documents alone."""
 
     logits: float
+    """Of the largest logit."""
     loss: float
+    """Of the largest loss of a document."""
     leak: float
     own_change: float
     gradients: GradientGap
     leak_limit: float
 
-    def faults(self) -> list[str]:
+    def faults(self, limits: Limits) -> list[str]:
         """What is beyond its limit. Written so that NaN is."""
         faults = []
         if not self.own_change > 0:
             faults.append("the logits do not depend on the tokens, so nothing can be proven")
         if not self.leak <= self.leak_limit:
             faults.append(f"documents see each other: leak {self.leak:.1e} of the largest logit")
-        if not self.logits <= LOGIT_TOLERANCE:
+        if not self.logits <= limits.logits:
             faults.append(f"logits differ from those alone by {self.logits:.1e} of the largest")
-        if not self.loss <= LOSS_TOLERANCE:
+        if not self.loss <= limits.loss:
             faults.append(f"a document's loss differs from that alone by {self.loss:.1e}")
-        if not self.gradients.is_small:
+        if not self.gradients.is_within(limits):
             faults.append(f"gradients differ by {self.gradients.share:.1e} in {self.gradients.tensor or 'all'}")
         return faults
 
@@ -61,7 +67,7 @@ class _Gaps:
 def check_packing(verification: Verification, trainer: EftTrainer) -> PromiseResult:
     """E1 on a row of the user's own documents, through the trainer's forward and collator.
 
-    Call it inside `exact_arithmetic`, with a trainer in fp32. Leaves no gradients.
+    Call it inside `exact_arithmetic`, with the exact trainer. Leaves no gradients.
     """
     title = "packed documents = the same documents alone"
     documents = first_documents(verification.plan, NUM_DOCUMENTS, LONGEST)
@@ -76,7 +82,7 @@ def check_packing(verification: Verification, trainer: EftTrainer) -> PromiseRes
         gradients=_gradient_gap(trainer, collator, documents),
         leak_limit=_leak_limit(trainer, forward),
     )
-    faults = gaps.faults()
+    faults = gaps.faults(limits_of(trainer.model))
     numbers = {
         "logits": gaps.logits,
         "loss": gaps.loss,
@@ -86,8 +92,8 @@ def check_packing(verification: Verification, trainer: EftTrainer) -> PromiseRes
     }
     measured = (
         f"{_row_in_words(verification, documents, forward.support.mode)}: leak {gaps.leak:.1e}, logits "
-        f"{gaps.logits:.1e}, loss {gaps.loss:.1e}, gradients {gaps.gradients.share:.1e}; fp32"
-        f"{verification.precision_note()}"
+        f"{gaps.logits:.1e}, loss {gaps.loss:.1e}, gradients {gaps.gradients.share:.1e}; "
+        f"{dtype_name(trainer.model)}{verification.precision_note()}"
     )
     return PromiseResult("E1", title, "fail" if faults else "pass", "; ".join([*faults, measured]), numbers)
 
@@ -147,7 +153,7 @@ def _gradient_gap(trainer: EftTrainer, collator: Collator, documents: list[Token
     batch = trainer._prepare_inputs(collator([documents]))
     targets = batch["shift_labels"].reshape(-1)[batch["trained_positions"]]
     weights = torch.cat([trained_tokens(document, targets.device)[2] for document in documents])
-    losses = F.cross_entropy(trainer.parts.forward(model, batch).float(), targets, reduction="none")
+    losses = F.cross_entropy(trainer.parts.forward(model, batch), targets, reduction="none")
     (weights * losses).sum().backward()  # type: ignore[no-untyped-call]
     return compare_gradients(take_gradients(model), expected)
 
@@ -162,7 +168,7 @@ def _all_logits(trainer: EftTrainer, batch: Batch, documents: list[TokenSample])
     """Logits [tokens, vocab] of each document, by the trainer's own forward over the batch."""
     rows, width = batch["input_ids"].shape
     everywhere = {**batch, "trained_positions": torch.arange(rows * width)}
-    logits = trainer.parts.forward(trainer.model, trainer._prepare_inputs(everywhere)).float()
+    logits = trainer.parts.forward(trainer.model, trainer._prepare_inputs(everywhere))
     starts = [row * width for row in range(len(documents))] if rows > 1 else batch["cu_seq_lens_q"].tolist()
     return [logits[start : start + len(doc.input_ids)] for start, doc in zip(starts, documents, strict=False)]
 
@@ -170,7 +176,7 @@ def _all_logits(trainer: EftTrainer, batch: Batch, documents: list[TokenSample])
 def _alone_logits(model: Any, document: TokenSample) -> Tensor:
     ids = torch.tensor(document.input_ids, dtype=torch.int64, device=model.device)
     logits: Tensor = model(input_ids=ids[None], use_cache=False).logits[0]
-    return logits.float()
+    return logits
 
 
 def _loss(logits: Tensor, document: TokenSample) -> Tensor:

@@ -1,4 +1,4 @@
-"""All checks in order: those that only look, those that measure in fp32, the rehearsal, the saves."""
+"""All checks in order: those that only look, those that measure in fp64, the rehearsal, the saves."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def check_promises(verification: Verification, announce: Announce = lambda what:
     """
     announce("E5: ledger, plan and stored samples")
     yield from _guarded("E5", "data", lambda: check_data(verification))
-    announce("E1, E2: packing and loss in fp32, against plain transformers")
+    announce("E1, E2: packing and loss in fp64, against plain transformers")
     with exact_arithmetic(verification.model):
         trainer = verification.build_exact_trainer()
         yield from _guarded("E1", "packing", lambda: [check_packing(verification, trainer)])

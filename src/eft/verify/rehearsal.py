@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from eft.callbacks import AUDIT_STEP
+from eft.callbacks import AUDIT_STEP, StopOnSignal
 from eft.config.root import TrainConfig
 from eft.core.errors import ConfigError, PromiseBroken
 from eft.core.records import PromiseResult, TokenDataset
@@ -97,8 +97,10 @@ def rehearse(verification: Verification) -> Rehearsal:
         saves_per_epoch=None,
         save_first_step=False,
         save_at_end=False,
-        save_on_evaluation=False,
+        save_best=False,
     )
+    # Ctrl-C ends the verification, not only the rehearsal.
+    trainer.remove_callback(StopOnSignal)
     trainer.add_callback(StopAfter())
     rehearsal = Rehearsal(trainer, short, horizon)
     try:

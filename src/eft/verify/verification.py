@@ -19,7 +19,7 @@ from eft.runtime.env import Environment, resolve_precision
 from eft.trainer.trainer import EftTrainer
 
 FULL_PRECISION: Mapping[str, Any] = {"bf16": False, "fp16": False, "tf32": False}
-"""Keys of a trainer that computes in fp32."""
+"""Keys of a trainer that computes in the weights' own dtype."""
 
 
 @dataclass
@@ -57,7 +57,7 @@ class Verification:
         return builder.build()
 
     def build_exact_trainer(self) -> EftTrainer:
-        """A trainer in fp32; flash kernels have no fp32, so our attention takes their place."""
+        """A trainer without autocast; flash kernels know half precision only, so our attention takes their place."""
         attention = {"attn_implementation": "eft"} if "flash" in self.config.attn_implementation else {}
         return self.build_trainer(self.config_with({**FULL_PRECISION, **attention}))
 
