@@ -112,11 +112,7 @@ def make_config(
 
 @pytest.fixture
 def make_trainer(make_config: MakeConfig, tokenizer: PreTrainedTokenizerFast) -> MakeTrainer:
-    """A trainer over token rows, as the builder makes it: no file is read, no start check but those of the builder.
-
-    `keys` are config keys. The data keys of the config are not used by these runs, and neither are the model's, so
-    the builder is told that they were read.
-    """
+    """A trainer as the builder makes it, over token rows and a tiny model: no file is read. `keys` are config keys."""
 
     def make(
         rows: Any = None,
@@ -133,31 +129,8 @@ def make_trainer(make_config: MakeConfig, tokenizer: PreTrainedTokenizerFast) ->
         builder = HFCausalTrainerBuilder(config, tiny_model("llama") if model is None else model, tokenizer)
         builder.trainer_class = trainer_class
         builder.console = console
-        builder.keys_read_before = OUTSIDE_THE_BUILDER
         builder.train_dataset = token_rows(12) if rows is None else rows
         builder.eval_dataset = evals
         return builder.build(total_num_steps)
 
     return make
-
-
-OUTSIDE_THE_BUILDER = frozenset(
-    {
-        "base_model",
-        "datasets",
-        "datasets[0].path",
-        "datasets[0].type",
-        "dataset_prepared_path",
-        "val_set_size",
-        "verify_saves",
-        "lora_r",
-        "lora_alpha",
-        "lora_dropout",
-        "lora_target_modules",
-        "lora_target_linear",
-        "resume_from_checkpoint",
-        "mlflow_tracking_uri",
-        "mlflow_experiment_name",
-    }
-)
-"""Keys that `eft.run` reads before and after the builder."""

@@ -71,7 +71,6 @@ def build_training_arguments(
         run_name=config.wandb_name or config.mlflow_run_name or config.trackio_run_name,
         # Trackio's alone.
         project=config.trackio_project_name or "eft",
-        project=config.trackio_project_name or "eft",
         ddp_timeout=config.ddp_timeout,
         ddp_find_unused_parameters=config.ddp_find_unused_parameters,
         ddp_bucket_cap_mb=config.ddp_bucket_cap_mb,

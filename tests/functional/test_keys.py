@@ -1,0 +1,178 @@
+"""E8 through runs: a key that nothing uses ends the run before its first step, and a key that is used never does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eft import run
+from eft.config.root import TrainConfig
+from eft.config.section import key
+from eft.core.errors import ConfigError, PromiseBroken
+from tests.functional.conftest import MakeConfig, MakeTrainer
+
+
+class WiderConfig(TrainConfig):
+    """A config with a key that no component knows."""
+
+    sharpness: float = key(1.0, "Read by nobody.")
+
+
+def wider(config: TrainConfig, **keys: Any) -> WiderConfig:
+    wide = WiderConfig(**{**config.model_dump(exclude_unset=True), **keys})
+    wide.forget_reads()
+    return wide
+
+
+def test_a_key_that_nobody_reads_ends_the_run(make_config: MakeConfig, make_trainer: MakeTrainer) -> None:
+    trainer: Any = make_trainer(config=wider(make_config(max_steps=3), sharpness=2.0))
+    with pytest.raises(PromiseBroken, match="E8.*`sharpness`"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    (promise,) = [result for result in trainer.outcome.promises if result.promise == "E8"]
+    assert promise.status == "fail"
+    assert promise.numbers["unused"] == 1.0
+
+
+def test_its_default_is_accepted(make_config: MakeConfig, make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(config=wider(make_config(max_steps=1), sharpness=1.0))
+    assert trainer.train().global_step == 1
+
+
+def test_a_key_that_is_read_is_accepted(make_config: MakeConfig, make_trainer: MakeTrainer) -> None:
+    config = wider(make_config(max_steps=1), sharpness=2.0)
+    assert config.sharpness == 2.0  # a component of the user's own, say
+    assert make_trainer(config=config).train().global_step == 1
+
+
+def test_a_whole_run_finds_it_too(make_config: MakeConfig, tmp_path: Path) -> None:
+    with pytest.raises(PromiseBroken, match="`sharpness`"):
+        run.train(wider(make_config(max_steps=3), sharpness=2.0))
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_key_whose_switch_is_off_is_refused_at_once(make_config: MakeConfig, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="`lora_r`: not used because `adapter` is not set"):
+        make_config(lora_r=4)
+    with pytest.raises(ConfigError, match="not used because `loss_watchdog_threshold` is not set"):
+        run.train({"base_model": "x", "datasets": [{"path": "x"}], "learning_rate": 1, "loss_watchdog_patience": 2})
+
+
+TOUR: dict[str, dict[str, Any]] = {
+    "adapter, cosine, schedules of saving and evaluating in steps": {
+        "special_tokens": {"pad_token": "<|endoftext|>"},
+        "attn_implementation": "sdpa",
+        "adapter": "lora",
+        "lora_r": 2,
+        "lora_alpha": 8,
+        "lora_dropout": 0.1,
+        "lora_target_modules": ["q_proj", "v_proj"],
+        "lora_modules_to_save": ["lm_head"],
+        "peft_use_dora": True,
+        "peft_use_rslora": True,
+        "val_set_size": 4,
+        "chat_template": "chatml",
+        "train_on_inputs": True,
+        "excess_length_strategy": "truncate",
+        "min_sample_len": 3,
+        "malformed_rows": "drop",
+        "shuffle_merged_datasets": False,
+        "dataset_exact_deduplication": True,
+        "seed": 1,
+        "eval_sample_packing": False,
+        "sample_packing_sequentially": True,
+        "pad_to_sequence_len": True,
+        "curriculum_sampling": True,
+        "micro_batch_size": 2,
+        "global_batch_size": 4,
+        "deterministic": False,
+        "max_steps": 3,
+        "dataloader_pin_memory": False,
+        "optimizer": "adamw_torch",
+        "optim_args": {"amsgrad": True},
+        "weight_decay": 0.1,
+        "adam_beta1": 0.8,
+        "adam_beta2": 0.95,
+        "adam_epsilon": 1e-6,
+        "max_grad_norm": 0.5,
+        "warmup_steps": 1,
+        "cosine_min_lr_ratio": 0.1,
+        "cosine_constant_lr_ratio": 0.9,
+        "lr_quadratic_warmup": True,
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "activation_offloading": True,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "save_first_step": True,
+        "save_total_limit": 2,
+        "auto_resume_from_checkpoints": False,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "eval_on_start": True,
+        "eval_batch_size": 2,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "loss",
+        "early_stopping_patience": 5,
+        "generate_samples": True,
+        "num_generation_samples": 1,
+        "generation_max_new_tokens": 2,
+        "ddp_timeout": 60,
+        "ddp_find_unused_parameters": True,
+        "ddp_bucket_cap_mb": 10,
+        "logging_steps": 2,
+        "include_tkps": False,
+        "profiler_steps": 1,
+        "profiler_steps_start": 1,
+        "loss_watchdog_threshold": 100.0,
+        "loss_watchdog_patience": 2,
+    },
+    "part of the weights, another schedule, parts of epochs": {
+        "train_top_layers": 1,
+        "lr_scheduler": "warmup_stable_decay",
+        "lr_scheduler_kwargs": {"num_decay_steps": 2},
+        "warmup_ratio": 0.2,
+        "num_epochs": 0.5,
+        "gradient_accumulation_steps": 1,
+        "saves_per_epoch": 1,
+        "save_only_model": True,
+        "save_dtype": "bfloat16",
+        "evals_per_epoch": 1,
+        "val_set_size": 4,
+        "greater_is_better": True,
+        "metric_for_best_model": "eval_samples_per_second",
+        "tf32": True,
+        "bf16": True,
+        "resize_token_embeddings_to_32x": True,
+        "trust_remote_code": True,
+        "use_tensorboard": True,
+    },
+    "chosen weights": {"unfrozen_parameters": ["lm_head"], "max_steps": 1, "dataloader_num_workers": 1},
+}
+"""Whole runs that together set almost every key to something else than its default."""
+
+NOT_TOURED = {
+    "base_model", "datasets", "learning_rate", "output_dir", "dataset_prepared_path", "sequence_len", "sample_packing",
+    "verify_saves",  # set in every run here
+    "lora_target_linear", "lora_model_dir", "test_datasets", "tokens", "resume_from_checkpoint",  # in other tests
+    "gguf_file", "chat_template_jinja", "tokenizer_config", "revision_of_model", "fp16",  # other files, hub, CUDA
+    "use_wandb", "wandb_project", "wandb_entity", "wandb_name", "use_trackio", "trackio_project_name",
+    "trackio_run_name", "use_mlflow", "mlflow_tracking_uri", "mlflow_experiment_name", "mlflow_run_name",  # trackers
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TOUR)
+def test_no_key_in_use_is_called_unused(name: str, make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config(**{"gradient_accumulation_steps": None, **TOUR[name]})
+    run.train(config)
+    promises = json.loads((tmp_path / "out" / "promises.json").read_text())
+    assert [promise["status"] for promise in promises if promise["promise"] == "E8"] == ["pass"]
+
+
+def test_the_tour_misses_no_key() -> None:
+    toured = set().union(*TOUR.values())
+    assert toured | NOT_TOURED == set(TrainConfig.model_fields)
+    assert not toured & NOT_TOURED
