@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.control import Control
+from rich.segment import ControlType
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from eft.config.root import TrainConfig
@@ -81,6 +83,8 @@ class ProgressLine(TrainerCallback):
         self.start = time.monotonic()
         self.first_step = 0
         self.last_print = -math.inf
+        self.is_open = False
+        """Whether the line on the terminal is still to be redrawn or ended."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock."""
@@ -97,6 +101,12 @@ class ProgressLine(TrainerCallback):
             if self.console.is_terminal or last or time.monotonic() - self.last_print > 10:
                 self._print(self._line(args.max_steps, state.global_step, logs), stay=last)
 
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """End the line of a run that stopped early."""
+        if self.is_open:
+            self.console.print()
+            self.is_open = False
+
     def _line(self, total: int, step: int, logs: dict[str, Any]) -> str:
         elapsed = time.monotonic() - self.start
         left = elapsed / max(step - self.first_step, 1) * (total - step)
@@ -108,13 +118,12 @@ class ProgressLine(TrainerCallback):
 
     def _print(self, text: str, *, stay: bool) -> None:
         self.last_print = time.monotonic()
-        redraw = self.console.is_terminal
-        self.console.print(
-            f"\r{text:<100}" if redraw else text,
-            end="\n" if stay or not redraw else "",
-            highlight=False,
-            soft_wrap=True,
-        )
+        if self.console.is_terminal:
+            # As control codes, because rich strips them off texts; cut, because a wrapped line cannot be redrawn.
+            self.console.control(Control(ControlType.CARRIAGE_RETURN, (ControlType.ERASE_IN_LINE, 2)))
+            text = text[: self.console.width - 1]
+            self.is_open = not stay
+        self.console.print(text, end="" if self.is_open else "\n", highlight=False, soft_wrap=True)
 
 
 class StopOnSignal(TrainerCallback):
@@ -128,6 +137,7 @@ class StopOnSignal(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take the signals over; only the main thread may."""
+        self.outcome.signal_number, self.outcome.reason = None, "finished"
         try:
             self.before = {number: signal.signal(number, self._remember) for number in self.SIGNALS}
         except ValueError:
@@ -142,13 +152,15 @@ class StopOnSignal(TrainerCallback):
         """Save and stop at the first step boundary after the signal."""
         if self.outcome.signal_number is not None and state.global_step < args.max_steps:
             self.outcome.reason = f"stopped by {signal.Signals(self.outcome.signal_number).name}"
-            control.should_save = control.should_log = control.should_training_stop = True
+            # No extra row in the log: the open logging window goes into the checkpoint (E3).
+            control.should_save = control.should_training_stop = True
         return control
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def release(self) -> None:
         """Give the signals back."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        self.before = {}
 
 
 class LossWatchdog(TrainerCallback):
@@ -216,7 +228,7 @@ class Profiler(TrainerCallback):
         if self.profile is not None and state.global_step >= self.first + self.count:
             self._write()
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def release(self) -> None:
         """Write what there is when the run ends earlier."""
         if self.profile is not None:
             self._write()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -77,6 +77,13 @@ class Meter(Protocol):
     def state(self) -> dict[str, float]: ...
 
     def restore(self, state: dict[str, float]) -> None: ...
+
+
+@runtime_checkable
+class Holder(Protocol):
+    """A callback that holds something of the process while it trains: signal handlers, torch's profiler."""
+
+    def release(self) -> None: ...
 
 
 @dataclass(frozen=True)

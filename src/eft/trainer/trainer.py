@@ -19,7 +19,7 @@ from eft.trainer.offloading import ActivationOffloadingMixin
 from eft.trainer.optimizer import OptimizerMixin
 from eft.trainer.packing import PackingMixin
 from eft.trainer.parallel import DistributedParallelMixin
-from eft.trainer.parts import PlanLike, TrainerParts
+from eft.trainer.parts import Holder, PlanLike, TrainerParts
 from eft.trainer.progress import Progress, load_progress
 from eft.trainer.rng import RngLoaderMixin
 from eft.trainer.scheduler import SchedulerMixin
@@ -75,7 +75,12 @@ class EftTrainer(
         # Dropout must not depend on what drew from the generators since the trainer was built.
         set_seed(self.parts.seed)
         self.parts.meter.restore({"tokens": 0, "trained_tokens": 0, "seconds": 0.0})
-        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        try:
+            output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, Holder):
+                    callback.release()
         if resume_from_checkpoint and output.global_step == self._initial_global_step:
             # Nothing was left to train, so `_run_epoch` restored nothing.
             named = isinstance(resume_from_checkpoint, str)

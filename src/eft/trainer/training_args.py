@@ -84,11 +84,18 @@ def set_tracker_environment(config: TrainConfig) -> None:
         "WANDB_PROJECT": config.wandb_project if config.use_wandb else None,
         "WANDB_ENTITY": config.wandb_entity if config.use_wandb else None,
         "MLFLOW_TRACKING_URI": config.mlflow_tracking_uri if config.use_mlflow else None,
+        # MLflow 3 keeps its file store behind this; whoever writes `file:` has chosen it.
+        "MLFLOW_ALLOW_FILE_STORE": "true" if config.use_mlflow and is_file_store(config.mlflow_tracking_uri) else None,
         "MLFLOW_EXPERIMENT_NAME": config.mlflow_experiment_name if config.use_mlflow else None,
     }
     for name, value in values.items():
         if value is not None:
             os.environ[name] = value
+
+
+def is_file_store(uri: str | None) -> bool:
+    """Whether MLflow is to write into a local folder."""
+    return uri is not None and uri.startswith("file:")
 
 
 def _reporters(config: TrainConfig) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,22 +25,6 @@ TOKENS = 1536
 """Tokens of all steps together; bins are cut to a share of it, but not below `SHORTEST_BIN`."""
 SHORTEST_BIN = 16
 LONGEST_BIN = 128
-
-LEFT_OUT: Mapping[str, Any] = {
-    # Talks to other machines.
-    "use_tensorboard": False,
-    "use_wandb": False,
-    "use_mlflow": False,
-    "use_trackio": False,
-    # Would end three steps early, or record them.
-    "early_stopping_patience": None,
-    "loss_watchdog_threshold": None,
-    "profiler_steps": None,
-    # The learning rate of every step is compared.
-    "logging_steps": 1,
-    "resume_from_checkpoint": None,
-}
-"""What the rehearsal does otherwise than the run; all else is the config's."""
 
 
 class StopAfter(TrainerCallback):
@@ -89,7 +72,7 @@ def rehearse(verification: Verification) -> Rehearsal:
     bins = STEPS * plan.global_batch_size
     documents = documents_for(plan, bins=bins, capacity=capacity, packed=config.sample_packing)
     horizon = STEPS if _fits(config, STEPS) else plan.total_steps
-    short = verification.config_with({**LEFT_OUT, "sequence_len": capacity, "max_steps": horizon})
+    short = verification.config_with({"sequence_len": capacity, "max_steps": horizon})
     trainer = verification.build_trainer(short, as_dataset(documents), _short_evals(verification, capacity))
     trainer.parts.flow = replace(
         trainer.parts.flow,

@@ -13,6 +13,7 @@ from eft.core.errors import EftError
 from eft.core.hashing import hash_bytes, hash_json
 from eft.core.records import PromiseResult
 from eft.models.export import check_saved_tensors, export_model, verify_export
+from eft.run import ExportSettings
 from eft.runtime.checkpoint import CheckpointStore, verify_manifest
 from eft.runtime.rng import capture_rng, seed_everything
 from eft.runtime.weights import live_weights
@@ -33,10 +34,13 @@ def check_export(verification: Verification, trainer: EftTrainer) -> list[Promis
 
 def write_export(verification: Verification, folder: Path) -> torch.dtype:
     """The export of a run with this config; returns the dtype it is saved in."""
-    config = verification.config
-    dtype = getattr(torch, config.save_dtype) if config.save_dtype is not None else None
+    settings = ExportSettings.of(verification.config)
     manifest = export_model(
-        verification.model, verification.tokenizer, folder, save_dtype=dtype, gguf_file=config.gguf_file
+        verification.model,
+        verification.tokenizer,
+        folder,
+        save_dtype=settings.dtype,
+        gguf_file=settings.gguf_file,
     )
     saved: torch.dtype = getattr(torch, manifest["dtype"])
     return saved
