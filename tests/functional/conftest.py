@@ -38,9 +38,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="session")
-def model_folder(
-    tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast
-) -> Callable[[str], Path]:
+def model_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Callable[[str], Path]:
     """Family to a saved model of it, whose vocabulary is the tokenizer's; made once."""
     made: dict[str, Path] = {}
 
@@ -121,12 +119,13 @@ def make_trainer(make_config: MakeConfig, tokenizer: PreTrainedTokenizerFast) ->
         model: PreTrainedModel | None = None,
         config: TrainConfig | None = None,
         trainer_class: type[EftTrainer] = EftTrainer,
+        builder_class: type[HFCausalTrainerBuilder] = HFCausalTrainerBuilder,
         total_num_steps: int | None = None,
         console: Any = None,
         **keys: Any,
     ) -> EftTrainer:
         config = config if config is not None else make_config(**keys)
-        builder = HFCausalTrainerBuilder(config, tiny_model("llama") if model is None else model, tokenizer)
+        builder = builder_class(config, tiny_model("llama") if model is None else model, tokenizer)
         builder.trainer_class = trainer_class
         builder.console = console
         builder.train_dataset = token_rows(12) if rows is None else rows

@@ -167,9 +167,7 @@ def test_a_signal_finishes_the_step_and_saves(
     assert handlers_now() == handlers
 
 
-def test_a_second_signal_stops_at_once(
-    make_trainer: MakeTrainer, tmp_path: Path, handlers: dict[int, Any]
-) -> None:
+def test_a_second_signal_stops_at_once(make_trainer: MakeTrainer, tmp_path: Path, handlers: dict[int, Any]) -> None:
     trainer = make_trainer(max_steps=5)
     trainer.add_callback(Sender(signal.SIGINT, signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):

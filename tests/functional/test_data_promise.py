@@ -137,7 +137,8 @@ def test_every_sample_once_per_epoch(
     first, second = trainer.make_plan().epoch_ends
     for epoch in (steps[:first], steps[first:second]):
         assert sorted(sum(epoch, [])) == list(range(rows))
-    orders = [sum(recorder.micro_batches[: first * accumulation], []), sum(recorder.micro_batches[first * accumulation :], [])]
+    cut = first * accumulation
+    orders = [sum(part, []) for part in (recorder.micro_batches[:cut], recorder.micro_batches[cut:])]
     assert orders[0] != orders[1], "each epoch has an order of its own"
 
 

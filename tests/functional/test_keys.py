@@ -157,7 +157,7 @@ NOT_TOURED = {
     "base_model", "datasets", "learning_rate", "output_dir", "dataset_prepared_path", "sequence_len", "sample_packing",
     "verify_saves",  # set in every run here
     "lora_target_linear", "lora_model_dir", "test_datasets", "tokens", "resume_from_checkpoint",  # in other tests
-    "gguf_file", "chat_template_jinja", "tokenizer_config", "revision_of_model", "fp16", "tf32",  # other files, hub, CUDA
+    "gguf_file", "chat_template_jinja", "tokenizer_config", "revision_of_model", "fp16", "tf32",  # files, hub, CUDA
     "use_wandb", "wandb_project", "wandb_entity", "wandb_name", "use_trackio", "trackio_project_name",
     "trackio_run_name", "use_mlflow", "mlflow_tracking_uri", "mlflow_experiment_name", "mlflow_run_name",  # trackers
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""E1 through the builder's own parts: a packed row gives each document what it gets alone, and no document sees another."""
+"""E1 through the builder's own parts: in a packed row each document gets what it gets alone, and sees no other."""
 
 from __future__ import annotations
 

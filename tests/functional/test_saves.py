@@ -139,8 +139,8 @@ def test_a_checkpoint_is_complete(make_config: MakeConfig, tmp_path: Path) -> No
     assert manifest["resumable"] is True
     files = {path.name for path in (tmp_path / "out" / "checkpoint-1").iterdir()}
     assert files >= {
-        "model.safetensors", "config.json", "tokenizer.json", "optimizer.safetensors", "optimizer.json", "progress.json",
-        "scheduler.json", "trainer_state.json", "rng_0.json", "rng_0.safetensors", "manifest.json",
+        "model.safetensors", "config.json", "tokenizer.json", "optimizer.safetensors", "optimizer.json",
+        "progress.json", "scheduler.json", "trainer_state.json", "rng_0.json", "rng_0.safetensors", "manifest.json",
     }  # fmt: skip
     assert set(manifest["files"]) == files - {"manifest.json"}
     assert not [name for name in files if name.endswith((".pt", ".bin", ".pth", ".pkl"))], "no pickles"

@@ -23,12 +23,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from typer.testing import CliRunner
 
-import eft.models.verify_export
-import eft.verify.saves
-import eft.verify.verification
 from eft.cli import verify as command
 from eft.config.load import config_from_mapping
 from eft.config.root import TrainConfig
+from eft.config.section import key
 from eft.core.constants import MANIFEST_NAME
 from eft.core.hashing import hash_file
 from eft.core.records import PromiseResult
@@ -36,7 +34,9 @@ from eft.data.dataset_meta import DatasetMeta
 from eft.data.plan import Plan, StepPlan, build_plan
 from eft.data.store import as_token_dataset
 from eft.models.attention import install_attention
+from eft.models.export import export_model
 from eft.models.verify_child import main as verify_child
+from eft.run import load_trainable_model
 from eft.trainer.trainer import EftTrainer
 from eft.verify.data import check_plan, check_store
 from eft.verify.exact import GradientGap, compare_gradients, exact_arithmetic
@@ -98,7 +98,7 @@ FORMATS: dict[str, dict[str, Any]] = {
     "alpaca": {"sample_packing": False, "micro_batch_size": 2, "weight_decay": 0.1},
     "completion": {"num_epochs": 1.5, "gradient_checkpointing": True},
     "input_output": {**LORA, "pad_to_sequence_len": True, "lora_modules_to_save": ["embed_tokens"]},
-    "pretokenized": {"optimizer": "schedule_free_adamw", "warmup_steps": 2},
+    "pretokenized": {"optimizer": "schedule_free_adamw", "warmup_steps": 2, "num_epochs": 4},
     "own": {"lr_scheduler": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 6}, "max_steps": 9},
 }
 """Format to the further keys that its run is verified with."""
@@ -141,7 +141,7 @@ def warm_child(monkeypatch: pytest.MonkeyPatch) -> None:
         verify_child(folder, ids, out)
         return load_file(out), ""
 
-    monkeypatch.setattr(eft.models.verify_export, "_run_child", run_child)
+    monkeypatch.setattr("eft.models.verify_export._run_child", run_child)
 
 
 @pytest.fixture(autouse=True)
@@ -181,7 +181,7 @@ def test_the_table_and_a_fresh_process(write_config: Callable[..., Path]) -> Non
     assert result.exit_code == 0, result.output
     assert "E2" in result.stdout
     assert "fail" not in result.stdout
-    assert "a fresh process with plain from_pretrained" in " ".join(result.stdout.split())
+    assert "VERIFIED" in result.stdout
     assert "checks hold" in result.stdout
 
 
@@ -190,7 +190,6 @@ FAMILIES = {
     "gemma2": {},
     "gpt_oss": {},
     "qwen3_moe": {},
-    "falcon": {},
     "bloom": {"sample_packing": False, "micro_batch_size": 3},
 }
 
@@ -202,7 +201,9 @@ def test_other_families_are_exact(family: str, tmp_path: Path, tokenizer: Any) -
         trainer = verification.build_exact_trainer()
         results = [check_packing(verification, trainer), check_loss(verification, trainer)]
     assert [result.status for result in results] == ["pass", "pass"], results
-    assert results[1].numbers["gradients"] < 1e-6
+    in_double = family not in ("gpt_oss", "qwen3_moe")  # torch multiplies experts in fp32 at most
+    assert all(result.detail.endswith("fp64" if in_double else "fp32") for result in results)
+    assert all(result.numbers["gradients"] < (1e-6 if in_double else 1e-5) for result in results)
 
 
 def _verification(tmp_path: Path, tokenizer: Any, family: str = "llama", **keys: Any) -> Verification:
@@ -345,14 +346,12 @@ def test_a_frozen_adapter_is_found(
     write_config: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    load = eft.verify.verification.load_trainable_model
-
-    def load_and_freeze(*args: Any) -> Any:
-        model = load(*args)
+    def load_and_freeze(config: TrainConfig, tokenizer: Any) -> Any:
+        model = load_trainable_model(config, tokenizer)
         freeze(model)
         return model
 
-    monkeypatch.setattr(eft.verify.verification, "load_trainable_model", load_and_freeze)
+    monkeypatch.setattr("eft.verify.verification.load_trainable_model", load_and_freeze)
     code, results = run_command(write_config("chat_template", **LORA))
     assert code == 1
     assert "trained tensors" in failed(results)
@@ -384,29 +383,39 @@ def _other_weights(folder: Path) -> None:
 def test_an_altered_save_is_found(
     alter: Callable[[Path], None], write_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    export = eft.verify.saves.export_model
-
-    def export_and_alter(model: Any, tokenizer: Any, folder: Path, **options: Any) -> Any:
-        manifest = export(model, tokenizer, folder, **options)
+    def export_and_alter(model: Any, tokenizer: Any, folder: Path, **options: Any) -> dict[str, Any]:
+        manifest = export_model(model, tokenizer, folder, **options)
         alter(folder)
         return manifest
 
-    monkeypatch.setattr(eft.verify.saves, "export_model", export_and_alter)
+    monkeypatch.setattr("eft.verify.saves.export_model", export_and_alter)
     code, results = run_command(write_config("completion"))
     assert code == 1
     assert failed(results) == {"E6"}
     assert [r["status"] for r in results if r["promise"] == "E6"] == ["fail", "fail", "pass"]
 
 
-def test_a_key_that_nothing_reads_is_found(write_config: Callable[..., Path], tmp_path: Path) -> None:
-    path = write_config("completion")
-    values = YAML(typ="safe").load(path)
-    values["datasets"][0]["field_output"] = "text"
-    config = config_from_mapping(values)
+class WiderConfig(TrainConfig):
+    """A config with a key that no component knows."""
+
+    sharpness: float = key(1.0, "Read by nobody.")
+
+
+@pytest.mark.parametrize(("sharpness", "status"), [(1.0, "pass"), (2.0, "fail")])
+@pytest.mark.usefixtures("warm_child")
+def test_a_key_that_nothing_reads_is_found(
+    sharpness: float, status: str, write_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    values = YAML(typ="safe").load(write_config("completion", save_dtype="float32", val_set_size=2))
+    config = WiderConfig(**values, sharpness=sharpness)
+    config.forget_reads()
     results = list(check_promises(assemble(config, tmp_path / "work")))
-    broken = [result for result in results if result.status == "fail"]
-    assert [result.promise for result in broken] == ["E8"]
-    assert "datasets[0].field_output" in broken[0].detail
+    assert {result.promise: result.status for result in results if result.promise in ("E6", "E7", "E8")} == {
+        "E6": "pass",
+        "E7": "pass",
+        "E8": status,
+    }
+    assert ("sharpness" in results[-1].detail) == (status == "fail")
 
 
 # ---- single checks ---------------------------------------------------------------------------------------------------
@@ -485,6 +494,7 @@ def test_a_checkpoint_that_forgets_the_optimizer_is_found(
     assert "optimizer" in result.detail
 
 
+@pytest.mark.usefixtures("warm_child")
 def test_a_check_that_breaks_off_hides_no_other(tmp_path: Path, tokenizer: Any, plant: Callable[[Plant], None]) -> None:
     def break_forward(trainer: EftTrainer) -> None:
         trainer.parts.loss = lambda logits, targets, weights: (logits @ targets.float()).sum()

@@ -437,3 +437,17 @@ def test_flash_call_has_the_kernels_signature() -> None:
         output = attention_kernels._flash(layer, query, key, value, bounds, 24)
     assert output.shape == (1, 24, 4, 32)
     assert attention_kernels._split_chunks([0, 3, 11], 4) == [0, 3, 7, 11]
+
+
+@pytest.mark.parametrize("family", ["falcon", "stablelm"])
+def test_a_row_of_one_document_has_a_prebuilt_mask_too(family: str) -> None:
+    """transformers makes none where the kernel can be causal by itself; a micro-batch may hold one document."""
+    model = tiny_model(family)
+    install_attention(model, PACKED_ATTENTION)
+    support = packing_support(model)
+    assert support.mode == "mask"
+    mask = attention.packed_mask(model, torch.arange(5)[None], support.mask_form)
+    found = list(mask.values()) if isinstance(mask, dict) else [mask]
+    for entry in found:
+        allowed = entry[0, 0] if entry.dtype == torch.bool else entry[0, 0] == 0
+        assert torch.equal(allowed, torch.ones(5, 5, dtype=torch.bool).tril())

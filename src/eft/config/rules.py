@@ -223,8 +223,7 @@ def best_average_needs_optimizer_state(config: TrainConfig) -> tuple[str, str] |
     if config.load_best_model_at_end and config.save_only_model and config.optimizer.startswith("schedule_free_"):
         return (
             "save_only_model",
-            f"`save_only_model`: the weights that {config.optimizer} evaluates are worked out from its state, which "
-            "`load_best_model_at_end` then lacks; remove one of the two",
+            f"`save_only_model`: `load_best_model_at_end` needs the state of {config.optimizer}; remove one of the two",
         )
     return None
 

@@ -138,6 +138,9 @@ def packed_mask(model: nn.Module, position_ids: Tensor, form: MaskForm = "by_con
         "attention_mask": None,
         "past_key_values": None,
         "position_ids": position_ids,
+        # A row of one document needs no mask where the kernel can be causal by itself, and then none is made. Asking for
+        # one more rule, which forbids nothing, makes the mask that a family in this mode is to be given always.
+        "and_mask_function": _allowed,
     }
     mask = create_causal_mask(**settings) if form == "causal" else create_masks_for_generate(**settings)
     found = list(mask.values()) if isinstance(mask, dict) else [mask]
@@ -147,6 +150,11 @@ def packed_mask(model: nn.Module, position_ids: Tensor, form: MaskForm = "by_con
     if form != "by_layer_type" and len(found) > 1:
         raise ModelError(f"packing: {type(base).__name__} has layers of several kinds, one mask cannot serve them all")
     return dict(mask) if form == "by_layer_type" else found[0]
+
+
+def _allowed(batch_idx: Any, head_idx: Any, q_idx: Any, kv_idx: Any) -> Any:
+    """A mask rule that is always true (transformers asks with index tensors)."""
+    return q_idx >= 0
 
 
 def boundary_inputs(support: BoundarySupport, model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -181,7 +181,6 @@ OPTIMIZERS: dict[str, OptimizerRow] = {
         },
         "Adam that divides by the previous second moment; the first step only measures it. "
         "Its authors use adam_beta2 0.9999 and adam_epsilon 1e-6.",
-        lambda cfg: 1,
     ),
     "schedule_free_adamw": OptimizerRow(
         "schedulefree",

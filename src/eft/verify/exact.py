@@ -41,7 +41,7 @@ class Limits:
 
 
 LIMITS = {torch.float64: Limits(1e-5, 1e-6, 1e-5), torch.float32: Limits(1e-4, 1e-5, 1e-3)}
-"""By the dtype of the comparison; fp32 only where fp64 does not fit into memory."""
+"""By the dtype of the comparison; fp32 where fp64 does not fit into memory or lacks a kernel (experts)."""
 
 
 def limits_of(model: nn.Module) -> Limits:
@@ -62,10 +62,8 @@ def exact_arithmetic(model: nn.Module) -> Iterator[None]:
     other one.
     """
     modes = {module: module.training for module in model.modules()}
-    dtype = torch.float64 if _fits_in_double(model) else torch.float32
-    narrow = [(tensor, tensor.dtype) for tensor in _floats(model) if torch.finfo(tensor.dtype).bits < _bits(dtype)]
-    for tensor, _ in narrow:
-        tensor.data = tensor.data.to(dtype)
+    narrow = [(tensor, tensor.dtype) for tensor in _floats(model) if tensor.dtype != torch.float64]
+    _widen(model)
     zeros = [p for p in model.parameters() if p.requires_grad and p.numel() and not p.detach().any()]
     generator = torch.Generator().manual_seed(_SEED)
     for parameter in zeros:
@@ -83,8 +81,26 @@ def exact_arithmetic(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _bits(dtype: torch.dtype) -> int:
-    return torch.finfo(dtype).bits
+def _widen(model: nn.Module) -> None:
+    """All weights and buffers to fp64; to fp32 where that needs too much memory, or a kernel does not know it."""
+    if _fits_in_double(model):
+        for tensor in _floats(model):
+            tensor.data = tensor.data.double()
+        if _runs(model):
+            return
+    for tensor in _floats(model):
+        tensor.data = tensor.data.float()
+
+
+@torch.no_grad()
+def _runs(model: nn.Module) -> bool:
+    """Whether the model computes at all in the dtype that it has."""
+    ids = torch.zeros((1, 2), dtype=torch.int64, device=next(model.parameters()).device)
+    try:
+        model(input_ids=ids, use_cache=False)
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True
 
 
 def _floats(model: nn.Module) -> list[Tensor]:
