@@ -22,7 +22,7 @@ from eft.core.records import PromiseResult
 from eft.data.batches import BatchSource
 from eft.data.collators import Collator, PackedCollator, PaddedCollator
 from eft.loss.head import trainable_token_loss
-from eft.models.adapters import set_dtypes
+from eft.models.adapters import enable_gradient_flow, set_dtypes
 from eft.models.attention import BoundarySupport, install_attention, packing_support
 from eft.models.forward import TrainedLogits
 from eft.models.load import describe_model
@@ -112,6 +112,9 @@ class HFCausalTrainerBuilder:
         precision = resolve_precision(config, self.environment)
         batch = batch_of(config, self.environment.world_size)
         set_dtypes(self.model)
+        if config.gradient_checkpointing:
+            options = config.gradient_checkpointing_kwargs or {}
+            enable_gradient_flow(self.model, use_reentrant=bool(options.get("use_reentrant", False)))
         set_tracker_environment(config)
         support = self._install_attention(precision)
         trainer = self.trainer_class(

@@ -25,6 +25,7 @@ from eft.core.errors import PromiseBroken
 from eft.core.records import PromiseResult
 from eft.models.probes import TrainedTensorAudit
 from eft.optim.optimizers import silent_steps
+from eft.optim.schedulers import warmup_of
 from eft.runtime.metrics import MetricsWriter
 
 AUDIT_STEP = 3
@@ -37,6 +38,8 @@ class RunOutcome:
 
     reason: str = "finished"
     signal_number: int | None = None
+    failed: bool = False
+    """The weights are not worth exporting: the watchdog stopped the run."""
     promises: list[PromiseResult] = field(default_factory=list)
 
 
@@ -59,7 +62,6 @@ class MetricsFile(TrainerCallback):
         self.folder = context.output_dir
         self.with_rates = config.include_tkps
         self.writer: MetricsWriter | None = None
-        self.start = time.time()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Drop rows of steps that a killed run logged after its last checkpoint."""
@@ -71,7 +73,7 @@ class MetricsFile(TrainerCallback):
         if self.writer is None or not logs or "train_runtime" in logs:
             return
         row = {name: value for name, value in logs.items() if self.with_rates or "per_second" not in name}
-        self.writer.write({"step": state.global_step, "time": round(time.time() - self.start, 3), **row})
+        self.writer.write({"step": state.global_step, **row})
 
 
 class ProgressLine(TrainerCallback):
@@ -183,6 +185,7 @@ class LossWatchdog(TrainerCallback):
             self.outcome.reason = (
                 f"loss watchdog: loss {logs['loss']:.4g} above {self.threshold:g} for {self.bad} logged steps"
             )
+            self.outcome.failed = True
             control.should_training_stop = True
         return control
 
@@ -246,24 +249,43 @@ class StartChecks(TrainerCallback):
     """At the first step: every key the user set was read (E8). After step 3: what should train trains, nothing else."""
 
     def __init__(self, config: TrainConfig, context: CallbackContext) -> None:
+        self.config = config
         self.context = context
-        self.silent_steps = silent_steps(config)
         self.audit: TrainedTensorAudit | None = None
         self.audit_at = 0
+        self.certain_at = 0
+        """From this step on a tensor that never changed is at fault, whatever the reason."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Check the config, remember the weights."""
         self._record(self.context.check_keys_read())
-        self.audit_at = max(state.global_step, self.silent_steps) + AUDIT_STEP
+        # Asked only now: looking at keys here must not count as using them.
+        quiet = max(state.global_step, silent_steps(self.config))
+        self.audit_at = quiet + AUDIT_STEP
+        self.certain_at = max(quiet, warmup_of(self.config, args.max_steps)) + AUDIT_STEP
         if self.audit_at <= args.max_steps:
             self.audit = TrainedTensorAudit(model)
             self.audit.start()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Compare once."""
-        if self.audit is not None and state.global_step >= self.audit_at:
-            result, self.audit = self.audit.check(), None
-            self._record(result)
+    def on_step_end(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
+    ) -> None:
+        """Compare; once more after the warm-up where its first learning rates may be too small to tell."""
+        if self.audit is None or state.global_step < self.audit_at:
+            return
+        result = self.audit.check()
+        if state.global_step < self.certain_at and result.numbers["moved"] == 0 and self._is_rounded(model, optimizer):
+            self.audit_at = self.certain_at
+            return
+        self.audit = None
+        self._record(result)
+
+    def _is_rounded(self, model: Any, optimizer: Any) -> bool:
+        """Whether some tensors did get gradients, only that their updates were below the last bit of their weights."""
+        assert self.audit is not None
+        parameters, updated = dict(model.named_parameters()), optimizer.state
+        # Optimizers keep state from a parameter's first gradient on; plain SGD keeps none, and cannot tell.
+        return bool(self.audit.idle) and all(not updated or parameters[name] in updated for name in self.audit.idle)
 
     def _record(self, result: PromiseResult) -> None:
         self.context.outcome.promises.append(result)

@@ -218,6 +218,7 @@ def train(
         EftError: the config, the data or the model is wrong, or a promise does not hold.
     """
     config = as_config(cfg)
+    _check_single_process()
     folder = claim_run_folder(Path(config.output_dir), identity(config), overwrite=overwrite, differences=differences)
     set_seed(config.seed)
     run = _assemble(config, folder, dataset_meta, console)
@@ -230,9 +231,20 @@ def train(
     started = time.time()
     result = run.trainer.train(resume_from_checkpoint=checkpoint)
     _finish(run, result, time.time() - started)
+    # The report first: a run that broke a promise needs it most.
     if on_finish is not None:
         on_finish(run.path)
+    _raise_broken(run.outcome.promises)
     return run.model, run.tokenizer, run.trainer
+
+
+def _check_single_process() -> None:
+    world_size = Environment.detect().world_size
+    if world_size > 1:
+        raise ConfigError(
+            f"WORLD_SIZE: {world_size} processes were started, but a run takes one process for now. Start it without "
+            "torchrun or accelerate launch."
+        )
 
 
 def _assemble(config: TrainConfig, folder: RunFolder, meta: DatasetMeta | None, console: Console | None) -> Run:
@@ -304,7 +316,8 @@ def _checkpoint_to_resume(run: Run) -> str | None:
 
 def _finish(run: Run, result: Any, seconds: float) -> None:
     """Export and verify a finished run; write what is known of any."""
-    interrupted = run.outcome.signal_number is not None and result.global_step < run.trainer.args.max_steps
+    early = result.global_step < run.trainer.args.max_steps
+    interrupted = early and (run.outcome.signal_number is not None or run.outcome.failed)
     if not interrupted:
         if run.samples is not None:
             run.samples.finish(run.model)
@@ -313,7 +326,10 @@ def _finish(run: Run, result: Any, seconds: float) -> None:
     write_json(run.path / constants.PROMISES_FILE, [asdict(promise) for promise in run.outcome.promises])
     write_json(run.path / constants.SUMMARY_FILE, _summary(run, result, seconds))
     run.folder.mark("interrupted" if interrupted else "finished", step=result.global_step, reason=run.outcome.reason)
-    broken = [promise for promise in run.outcome.promises if promise.status == "fail"]
+
+
+def _raise_broken(promises: list[PromiseResult]) -> None:
+    broken = [promise for promise in promises if promise.status == "fail"]
     if broken:
         raise PromiseBroken("; ".join(f"{promise.promise} {promise.title}: {promise.detail}" for promise in broken))
 

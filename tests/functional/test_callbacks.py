@@ -293,6 +293,35 @@ def test_an_optimizer_that_starts_silently_is_no_fault(optimizer: str, make_trai
     assert audit.status == "pass"
 
 
+def test_a_warm_up_too_small_for_large_weights_is_no_fault(make_trainer: MakeTrainer) -> None:
+    """At 1e-7 a norm weight of 7 does not change in fp32: the audit looks again when the warm-up is over."""
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.norm.weight.fill_(7.0)
+    keys = {"learning_rate": 1e-5, "lr_scheduler": "constant_with_warmup", "warmup_steps": 100}
+    trainer: Any = make_trainer(model=model, max_steps=3, save_strategy="no", **keys)
+    trainer.train()
+    assert torch.equal(model.model.norm.weight, torch.full((32,), 7.0))
+    assert not [promise for promise in trainer.outcome.promises if promise.promise == "trained tensors"]
+
+    keys = {**keys, "learning_rate": 1e-3, "warmup_steps": 4}
+    trainer = make_trainer(model=model, max_steps=8, save_strategy="no", **keys)
+    trainer.train()
+    (audit,) = [promise for promise in trainer.outcome.promises if promise.promise == "trained tensors"]
+    assert audit.status == "pass"
+
+
+def test_a_tensor_without_gradients_is_found_during_the_warm_up(make_trainer: MakeTrainer) -> None:
+    trainer: Any = make_trainer(model=model_of("foreign peft"), max_steps=500, warmup_steps=100, save_strategy="no")
+    switched_off = trainer.model.get_submodule("base_model.model.model.layers.1.self_attn.q_proj")
+    switched_off.enable_adapters(False)
+    for name, parameter in switched_off.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    with pytest.raises(PromiseBroken, match=r"did not change: .*layers\.1\.self_attn\.q_proj\.lora_A"):
+        trainer.train()
+    assert trainer.state.global_step == 3
+
+
 # ---- progress line -------------------------------------------------------------------------------------------------
 
 

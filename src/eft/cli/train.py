@@ -10,6 +10,7 @@ import typer
 from eft.cli.console import console, open_config, quiet_libraries, set_up_logging
 from eft.cli.options import AllowUnsupported, ConfigPath, Overrides
 from eft.cli.progress import data_progress
+from eft.core.constants import EXIT_FAILED
 
 
 def train(
@@ -60,3 +61,6 @@ def train(
     if outcome.signal_number is not None and trainer.state.global_step < trainer.args.max_steps:
         console.print(f"{outcome.reason} after step {trainer.state.global_step:,}; the same command continues.")
         raise typer.Exit(128 + outcome.signal_number)
+    if outcome.failed:
+        console.print(f"stopped: {outcome.reason}; nothing was exported, the checkpoints are kept.")
+        raise typer.Exit(EXIT_FAILED)

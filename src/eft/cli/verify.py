@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from eft.cli.console import console, error_console, open_config, set_up_logging
+from eft.cli.console import console, error_console, open_config, quiet_libraries, set_up_logging
 from eft.cli.options import AllowUnsupported, ConfigPath, Overrides
 from eft.core.constants import EXIT_FAILED
 from eft.core.records import PromiseResult
@@ -29,6 +29,7 @@ def verify(
     """
     loaded = open_config(config, overrides, allow_unsupported=allow_unsupported)
     set_up_logging()
+    quiet_libraries()
     import tempfile
     from dataclasses import asdict
     from pathlib import Path

@@ -138,8 +138,8 @@ def packed_mask(model: nn.Module, position_ids: Tensor, form: MaskForm = "by_con
         "attention_mask": None,
         "past_key_values": None,
         "position_ids": position_ids,
-        # A row of one document needs no mask where the kernel can be causal by itself, and then none is made. Asking for
-        # one more rule, which forbids nothing, makes the mask that a family in this mode is to be given always.
+        # A row of one document needs no mask where the kernel can be causal by itself, and then none is made. One more
+        # rule, which forbids nothing, makes the mask that a family in this mode is to be given always.
         "and_mask_function": _allowed,
     }
     mask = create_causal_mask(**settings) if form == "causal" else create_masks_for_generate(**settings)

@@ -93,6 +93,8 @@ class TrainedTensorAudit:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._before: dict[str, Tensor] = {}
+        self.idle: list[str] = []
+        """Names of the trainable tensors that the last check found unchanged."""
 
     def start(self) -> None:
         """Remember a checksum of every parameter."""
@@ -112,6 +114,7 @@ class TrainedTensorAudit:
                 idle.append(name)
             elif changed and not parameter.requires_grad:
                 moved.append(name)
+        self.idle = idle
         faults = []
         if not trainable:
             faults.append("nothing is trainable")

@@ -112,6 +112,8 @@ def run_demo(
         ],
     )
     write_json(Path(config.output_dir) / RESULT_FILE, asdict(result))
+    # The report shows these as cards of their own.
+    write_json(Path(config.output_dir) / SUMMARY_FILE, {**summary, "measures": _measures(result)})
     return result
 
 
@@ -128,6 +130,15 @@ def lay_out_model(material: Path, model: Path) -> None:
 def _answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]]) -> list[str]:
     prompts = [row["messages"][:-1] for row in rows]
     return sample_texts(model, tokenizer, prompts, max_new_tokens=MAX_ANSWER_TOKENS, batch_size=_BATCH)
+
+
+def _measures(result: Result) -> dict[str, dict[str, float | str]]:
+    note = f"{result.rows} held-out rows"
+    before, after = result.before, result.after
+    return {
+        "Answers of the right form": {"before": before.form_share, "after": after.form_share, "note": note},
+        "Exactly right answers": {"before": before.exact_share, "after": after.exact_share, "note": note},
+    }
 
 
 def _time_plain(base: PreTrainedModel, meta: DatasetMeta, config: TrainConfig, first_row: int) -> PlainTiming:

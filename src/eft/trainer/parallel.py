@@ -19,7 +19,11 @@ class DistributedParallelMixin(TrainerHooks):
         return {**arguments, **self.parts.parallel}
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """`save_model`: gather the weights first where no single rank holds them all."""
+        """`save_model`: gather the weights where no single rank holds them all; no pickled arguments beside them."""
         if state_dict is None and self.parts.state_dict is not None:
             state_dict = self.parts.state_dict(self.model)
-        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            folder = output_dir or self.args.output_dir
+            self.accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=state_dict)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)

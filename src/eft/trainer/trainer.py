@@ -205,6 +205,7 @@ class EftTrainer(
             steps = self.state.global_step - self.progress.steps
             self.progress.add(logs["loss"] * steps, self.state.global_step)
             logs.update(self.parts.meter.rates())
+        logs.setdefault("time", self.parts.meter.state()["seconds"])
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
