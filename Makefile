@@ -4,6 +4,7 @@
 #   make quickstart   train a real 135M-parameter chat model on real rows, in minutes on two CPU cores
 #   make test         the tests that CI runs
 #   make test-all     every test: also the full matrices, and those for an accelerator where there is one
+#   make faults       kill -9 a training run 50 times at random moments, compare with the run nobody touched
 #   make check        style, types, layers, generated docs
 #   make clean        remove the set-up and everything generated
 #
@@ -24,7 +25,7 @@ COMPAT := $(wildcard compat/axolotl/pyproject.toml)
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/pytest -n $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all check clean
+.PHONY: help quickstart test test-all faults check clean
 
 help:
 	@sed -n 's/^#   make/  make/p' Makefile
@@ -37,6 +38,9 @@ test: $(VENV)/.installed
 
 test-all: $(VENV)/.installed
 	$(PYTEST)
+
+faults: $(VENV)/.installed
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.faults.kill_and_resume --count 50
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -139,7 +139,7 @@ class StopOnSignal(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take the signals over; only the main thread may."""
-        self.outcome.signal_number, self.outcome.reason = None, "finished"
+        self.outcome.signal_number, self.outcome.reason, self.outcome.failed = None, "finished", False
         try:
             self.before = {number: signal.signal(number, self._remember) for number in self.SIGNALS}
         except ValueError:

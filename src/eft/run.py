@@ -25,7 +25,7 @@ from eft.core import constants
 from eft.core.atomic import write_json, write_text
 from eft.core.errors import ConfigError, PromiseBroken
 from eft.core.records import PromiseResult
-from eft.data.chat_template import resolve_template
+from eft.data.chat_template import resolve_template, stop_token_of
 from eft.data.dataset_meta import DatasetMeta
 from eft.data.entry import Progress
 from eft.data.plan import Plan, build_plan
@@ -253,6 +253,7 @@ def _assemble(config: TrainConfig, folder: RunFolder, meta: DatasetMeta | None, 
         meta = load_datasets(config, tokenizer)
     if meta.ledger is not None:
         meta.ledger.check()
+    _warn_without_end_token(config, tokenizer)
     model = load_trainable_model(config, tokenizer)
     builder = HFCausalTrainerBuilder(config, model, tokenizer)
     builder.console = console
@@ -272,6 +273,16 @@ def _assemble(config: TrainConfig, folder: RunFolder, meta: DatasetMeta | None, 
         ExportSettings.of(config),
         SampleAnswers.of(config, tokenizer, meta, folder.path) if config.generate_samples else None,
     )
+
+
+def _warn_without_end_token(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """A template that ends the assistant's turn with no special token teaches a model never to stop."""
+    chats = any(spec.type == "chat_template" and spec.chat_template is None for spec in config.datasets)
+    if chats and tokenizer.chat_template and stop_token_of(tokenizer, tokenizer.chat_template) is None:
+        logger.warning(
+            "the chat template ends the assistant's turn with no special token, so the model cannot learn to stop: "
+            "choose another with `chat_template`, such as `chatml`"
+        )
 
 
 def _write_start(run: Run, origins: Mapping[str, str]) -> None:

@@ -25,4 +25,4 @@ def evaluate(
 
     metrics = evaluate_model(loaded.config, model)
     rows = [(name.removeprefix("eval_"), f"{value:.6f}") for name, value in metrics.items()]
-    console.print(quantities_table(f"Held-out data, {model or loaded.config.base_model}", rows))
+    console.print(quantities_table("Held-out data", [("model", model or loaded.config.base_model), *rows]))

@@ -25,16 +25,10 @@ def quickstart(
     loaded = open_config(config, overrides)
     set_up_logging()
     quiet_libraries()
-    from eft.data.dataset_meta import DatasetMeta
+    from eft.cli.start import show_start
     from eft.quickstart.demo import RESULT_FILE, run_demo
     from eft.report.page import write_report
-    from eft.report.terminal import answers_table, ledger_table, quantities_table
-    from eft.start_table import Rows
-
-    def show_start(rows: Rows, meta: DatasetMeta) -> None:
-        if meta.ledger is not None:
-            console.print(ledger_table(meta.ledger.table()))
-        console.print(quantities_table("Before the first step", rows))
+    from eft.report.terminal import answers_table, quantities_table
 
     result = run_demo(
         loaded,

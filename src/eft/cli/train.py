@@ -29,15 +29,9 @@ def train(
     set_up_logging()
     quiet_libraries()
     from eft import run
-    from eft.data.dataset_meta import DatasetMeta
+    from eft.cli.start import show_start
     from eft.report.page import write_report
-    from eft.report.terminal import ledger_table, quantities_table, summary_table
-    from eft.start_table import Rows
-
-    def show_start(rows: Rows, meta: DatasetMeta) -> None:
-        if meta.ledger is not None:
-            console.print(ledger_table(meta.ledger.table()))
-        console.print(quantities_table("Before the first step", rows))
+    from eft.report.terminal import summary_table
 
     def finish(folder: Path) -> None:
         console.print(summary_table(folder))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +20,6 @@ from eft.models.seeding import seeded_rng
 
 ALL_LINEAR = "all-linear"
 """peft's name for every linear layer but the output head."""
-
-
-@dataclass(frozen=True)
-class DtypeRow:
-    """One line of the start-up table: the parameters of one role in one dtype."""
-
-    role: str
-    """`trainable` or `frozen`."""
-    dtype: str
-    tensors: int
-    parameters: int
-    bytes: int
 
 
 def apply_adapter(model: PreTrainedModel, cfg: AdapterConfig, seed: int) -> PreTrainedModel | PeftModel:
@@ -230,23 +217,14 @@ def final_norms(model: nn.Module) -> list[str]:
     return [f"{parent_name}.{name}" if parent_name else name for name in chosen]
 
 
-def set_dtypes(model: nn.Module) -> list[DtypeRow]:
+def set_dtypes(model: nn.Module) -> None:
     """D10: trainable parameters to fp32, frozen ones as they were loaded; in place, tied weights stay tied.
 
-    Call it after the adapter and the freezing. Returns the table of what is held in which dtype.
+    Call it after the adapter and the freezing.
     """
-    rows: dict[tuple[bool, torch.dtype], list[int]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
             parameter.data = parameter.data.float()
-        row = rows.setdefault((parameter.requires_grad, parameter.dtype), [0, 0, 0])
-        row[0] += 1
-        row[1] += parameter.numel()
-        row[2] += parameter.numel() * parameter.element_size()
-    return [
-        DtypeRow("trainable" if trainable else "frozen", str(dtype).removeprefix("torch."), *counts)
-        for (trainable, dtype), counts in sorted(rows.items(), key=lambda item: (not item[0][0], str(item[0][1])))
-    ]
 
 
 def enable_gradient_flow(model: PreTrainedModel | PeftModel, *, use_reentrant: bool) -> bool:

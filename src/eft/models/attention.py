@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate
 from typing import Any, Literal
 
@@ -178,8 +179,15 @@ def boundary_inputs(support: BoundarySupport, model: nn.Module, batch: Mapping[s
 
 def forward_accepts(model: nn.Module, name: str) -> bool:
     """Whether the model's forward takes a keyword argument `name`, by itself or among others."""
-    parameters = inspect.signature(base_of(model).forward).parameters
-    return name in parameters or any(entry.kind is entry.VAR_KEYWORD for entry in parameters.values())
+    names, takes_others = _forward_arguments(type(base_of(model)))  # type: ignore[arg-type]  # untyped class
+    return takes_others or name in names
+
+
+@cache
+def _forward_arguments(model_class: type[nn.Module]) -> tuple[frozenset[str], bool]:
+    """(argument names, whether any other is taken) of a class's forward; asked for every micro-batch, hence kept."""
+    parameters = inspect.signature(model_class.forward).parameters
+    return frozenset(parameters), any(entry.kind is entry.VAR_KEYWORD for entry in parameters.values())
 
 
 def packing_support(model: nn.Module, *, autocast_dtype: torch.dtype | None = None) -> BoundarySupport:
