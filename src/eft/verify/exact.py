@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import psutil  # type: ignore[import-untyped]  # comes with accelerate
+import psutil  # type: ignore[import-untyped]  # has no types
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
