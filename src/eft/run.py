@@ -321,7 +321,9 @@ def _checkpoint_to_resume(run: Run) -> str | None:
             raise ConfigError(f"resume_from_checkpoint: true, but {run.path} holds no complete checkpoint")
         return None
     if run.console is not None:
-        run.console.print(f"Continuing the unfinished run in {run.path} from {newest.name}.", highlight=False)
+        run.console.print(
+            f"Continuing the unfinished run in {run.path} from {newest.name}.", highlight=False, soft_wrap=True
+        )
     return str(newest)
 
 

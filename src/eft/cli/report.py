@@ -17,4 +17,4 @@ def report(output_dir: Annotated[Path, typer.Argument(metavar="OUTPUT_DIR", help
 
     if not output_dir.is_dir():
         raise ConfigError(f"{output_dir}: no such folder")
-    console.print(f"report: {write_report(output_dir)}", highlight=False)
+    console.print(f"report: {write_report(output_dir)}", highlight=False, soft_wrap=True)

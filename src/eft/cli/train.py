@@ -36,7 +36,7 @@ def train(
     def finish(folder: Path) -> None:
         console.print(summary_table(folder))
         if report:
-            console.print(f"report: {write_report(folder)}", highlight=False)
+            console.print(f"report: {write_report(folder)}", highlight=False, soft_wrap=True)
 
     # A folder that cannot be used, a schedule that cannot be built: said before any row is read.
     run.check_before_start(loaded.config, overwrite=overwrite)
@@ -53,7 +53,9 @@ def train(
     )
     outcome = trainer.outcome
     if outcome.signal_number is not None and trainer.state.global_step < trainer.args.max_steps:
-        console.print(f"{outcome.reason} after step {trainer.state.global_step:,}; the same command continues.")
+        console.print(
+            f"{outcome.reason} after step {trainer.state.global_step:,}; the same command continues.", soft_wrap=True
+        )
         raise typer.Exit(128 + outcome.signal_number)
     if outcome.failed:
         console.print(f"stopped: {outcome.reason}; nothing was exported, the checkpoints are kept.")
