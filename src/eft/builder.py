@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from eft.config.identity import identity_hash
 from eft.config.load import config_from_mapping
 from eft.config.root import TrainConfig
 from eft.config.usage import KEYS_OF_CALLER, effective_keys
-from eft.core.errors import ModelError
+from eft.core.errors import ConfigError, ModelError
 from eft.core.records import PromiseResult
 from eft.data.batches import BatchSource
 from eft.data.collators import Collator, PackedCollator, PaddedCollator
@@ -53,6 +55,25 @@ class PlaceholderDataset:
 def as_config(cfg: TrainConfig | Mapping[str, Any]) -> TrainConfig:
     """The typed config: itself, or a mapping (a `DictDefault`, say) validated now."""
     return cfg if isinstance(cfg, TrainConfig) else config_from_mapping(cfg)
+
+
+def require_trackers(config: TrainConfig) -> None:
+    """Raise ConfigError for a tracker whose package is missing; its Trainer integration would only fail by then."""
+    packages = {
+        "use_tensorboard": "tensorboard",
+        "use_wandb": "wandb",
+        "use_mlflow": "mlflow",
+        "use_trackio": "trackio",
+    }
+    for key, package in packages.items():
+        if getattr(config, key) and find_spec(package) is None:
+            raise ConfigError(f"{key}: needs the package {package}; pip install 'eft-trainer[{package}]'.")
+    address = config.mlflow_tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if config.use_mlflow and address is None and find_spec("sqlalchemy") is None:
+        raise ConfigError(
+            "use_mlflow: where to? Without an address MLflow wants a database, and the package sqlalchemy is missing. "
+            f"Set `mlflow_tracking_uri`, such as file:{Path(config.output_dir).resolve() / 'mlruns'}"
+        )
 
 
 class HFCausalTrainerBuilder:
@@ -109,6 +130,7 @@ class HFCausalTrainerBuilder:
         """
         config = self.config
         self._check_adapter()
+        require_trackers(config)
         precision = resolve_precision(config, self.environment)
         batch = batch_of(config, self.environment.world_size)
         set_dtypes(self.model)
@@ -188,6 +210,7 @@ class HFCausalTrainerBuilder:
     def _batches(self, support: BoundarySupport, batch: BatchPlan) -> BatchSource:
         config = self.config
         eval_packing = config.sample_packing if config.eval_sample_packing is None else config.eval_sample_packing
+        shape = describe_model(self.model)
         return BatchSource(
             collator=self._collator(support),
             capacity=config.sequence_len,
@@ -206,7 +229,9 @@ class HFCausalTrainerBuilder:
             world_size=self.environment.world_size,
             num_workers=config.dataloader_num_workers,
             pin_memory=config.dataloader_pin_memory and self.environment.device.type == "cuda",
-            attention_cost_ratio=describe_model(self.model)["attention_cost_ratio"],
+            attention_cost_ratio=shape["attention_cost_ratio"],
+            vocabulary_rows=shape["vocabulary_rows"],
+            position_rows=shape["position_rows"],
         )
 
     def _collator(self, support: BoundarySupport) -> Collator:

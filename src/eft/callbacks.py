@@ -5,6 +5,7 @@ Metrics trackers (TensorBoard, W&B, MLflow, Trackio) are Trainer's own, switched
 
 from __future__ import annotations
 
+import logging
 import math
 import signal
 import time
@@ -27,6 +28,8 @@ from eft.models.probes import TrainedTensorAudit
 from eft.optim.optimizers import silent_steps
 from eft.optim.schedulers import warmup_of
 from eft.runtime.metrics import MetricsWriter
+
+logger = logging.getLogger(__name__)
 
 AUDIT_STEP = 3
 """LoRA's A factor has no gradient while B is zero, so one step is too early to expect every tensor to have moved."""
@@ -197,14 +200,26 @@ class EarlyStopping(EarlyStoppingCallback):
         super().__init__(early_stopping_patience)
         self.outcome = outcome or RunOutcome()
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count anew in a new run; do not go on with one that had been stopped when its checkpoint was written."""
+        super().on_train_begin(args, state, control, **kwargs)
+        if state.global_step == 0:
+            self.early_stopping_patience_counter = 0
+        control.should_training_stop |= self._is_over(args)
+
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
         """Count evaluations without a better metric."""
         if f"eval_{args.metric_for_best_model.removeprefix('eval_')}" not in metrics:
             return  # one of several held-out sets, and not the one that decides
         super().on_evaluate(args, state, control, metrics, **kwargs)
-        if self.early_stopping_patience_counter >= self.early_stopping_patience:
-            metric, patience = args.metric_for_best_model, self.early_stopping_patience
-            self.outcome.reason = f"early stopping: {metric} has not improved for {patience} evaluations"
+        self._is_over(args)
+
+    def _is_over(self, args: Any) -> bool:
+        if self.early_stopping_patience_counter < self.early_stopping_patience:
+            return False
+        metric, patience = args.metric_for_best_model, self.early_stopping_patience
+        self.outcome.reason = f"early stopping: {metric} has not improved for {patience} evaluations"
+        return True
 
 
 class Profiler(TrainerCallback):
@@ -230,6 +245,11 @@ class Profiler(TrainerCallback):
         """Stop after the last one and write the trace."""
         if self.profile is not None and state.global_step >= self.first + self.count:
             self._write()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Say so where the run never came to the first profiled step."""
+        if self.profile is None and self.first >= state.global_step:
+            logger.warning("profiler_steps_start: %d, but the run ended at step %d", self.first, state.global_step)
 
     def release(self) -> None:
         """Write what there is when the run ends earlier."""

@@ -36,9 +36,10 @@ def evaluate_model(config: TrainConfig, model_path: str | None = None) -> dict[s
         load_trainable_model(config, tokenizer) if model_path is None else load_trained(config, tokenizer, model_path)
     )
     with tempfile.TemporaryDirectory() as folder:
-        builder = HFCausalTrainerBuilder(
-            config.model_copy(update={"output_dir": folder, "adapter": None}), model, tokenizer
-        )
+        # No tracker hears of it: that would start a run there.
+        trackers = dict.fromkeys(("use_tensorboard", "use_wandb", "use_mlflow", "use_trackio"), False)
+        update = {"output_dir": folder, "adapter": None, **trackers}
+        builder = HFCausalTrainerBuilder(config.model_copy(update=update), model, tokenizer)
         builder.eval_dataset = meta.eval_dataset
         trainer = builder.build()
         metrics = trainer.evaluate(meta.eval_dataset)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import resource
 import time
 from collections.abc import Callable, Mapping
@@ -14,10 +15,9 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from eft.builder import HFCausalTrainerBuilder, as_config
+from eft.builder import HFCausalTrainerBuilder, as_config, require_trackers
 from eft.callbacks import RunOutcome
 from eft.config.dump import show_config
-from eft.config.identity import differences, identity
 from eft.config.load import LoadedConfig
 from eft.config.root import TrainConfig
 from eft.config.usage import KEYS_OF_RUN, keys_read
@@ -36,7 +36,7 @@ from eft.models.load import load_model
 from eft.models.tokenizer import load_tokenizer, resize_embeddings
 from eft.optim.schedulers import schedule_options
 from eft.parallel.plan import batch_of
-from eft.runtime.checkpoint import CheckpointStore, verify_manifest
+from eft.resume import checkpoint_to_resume, folder_request
 from eft.runtime.env import Environment, resolve_precision, versions
 from eft.runtime.run_folder import RunFolder, check_run_folder, claim_run_folder
 from eft.samples import SampleAnswers
@@ -107,7 +107,8 @@ def check_before_start(config: TrainConfig, *, overwrite: bool) -> None:
     Raises:
         ConfigError, CheckpointError: as `train` would, only earlier.
     """
-    check_run_folder(Path(config.output_dir), identity(config), overwrite=overwrite, differences=differences)
+    check_run_folder(folder_request(config, overwrite))
+    require_trackers(config)
     schedule_options(config)
     batch_of(config, Environment.detect().world_size)
 
@@ -219,18 +220,21 @@ def train(
     """
     config = as_config(cfg)
     _check_single_process()
-    folder = claim_run_folder(Path(config.output_dir), identity(config), overwrite=overwrite, differences=differences)
-    set_seed(config.seed)
-    run = _assemble(config, folder, dataset_meta, console)
-    _write_start(run, origins or {})
-    if on_start is not None:
-        on_start(start_rows(config, run.trainer, run.meta), run.meta)
-    checkpoint = _checkpoint_to_resume(run)
-    if run.samples is not None:
-        run.samples.start(model=run.model, resumed=checkpoint is not None)
-    started = time.time()
-    result = run.trainer.train(resume_from_checkpoint=checkpoint)
-    _finish(run, result, time.time() - started)
+    folder = claim_run_folder(folder_request(config, overwrite))
+    try:
+        set_seed(config.seed)
+        run = _assemble(config, folder, dataset_meta, console)
+        _write_start(run, origins or {})
+        if on_start is not None:
+            on_start(start_rows(config, run.trainer, run.meta), run.meta)
+        checkpoint = checkpoint_to_resume(config, folder, console)
+        if run.samples is not None:
+            run.samples.start(model=run.model, resumed=checkpoint is not None)
+        started = time.time()
+        result = run.trainer.train(resume_from_checkpoint=checkpoint)
+        _finish(run, result, time.time() - started)
+    finally:
+        folder.release()
     # The report first: a run that broke a promise needs it most.
     if on_finish is not None:
         on_finish(run.path)
@@ -303,37 +307,13 @@ def _config_text(config: TrainConfig, origins: Mapping[str, str]) -> str:
     return "".join(f"{line.yaml}  # {origin}\n" if origin else f"{line.yaml}\n" for line, origin in lines)
 
 
-def _checkpoint_to_resume(run: Run) -> str | None:
-    """The checkpoint to continue from, or None for a fresh start."""
-    wanted = run.config.resume_from_checkpoint
-    if isinstance(wanted, str):
-        verify_manifest(Path(wanted))
-        return wanted
-    automatic = run.config.auto_resume_from_checkpoints and run.folder.continues
-    if wanted is not True and not automatic:
-        return None
-    found = CheckpointStore(run.path, save_total_limit=None).newest_complete()
-    newest = found.path
-    for path, reason in found.skipped:
-        logger.warning("skipping %s: %s", path, reason)
-    if newest is None:
-        if wanted is True:
-            raise ConfigError(f"resume_from_checkpoint: true, but {run.path} holds no complete checkpoint")
-        return None
-    if run.console is not None:
-        run.console.print(
-            f"Continuing the unfinished run in {run.path} from {newest.name}.", highlight=False, soft_wrap=True
-        )
-    return str(newest)
-
-
 def _finish(run: Run, result: Any, seconds: float) -> None:
     """Export and verify a finished run; write what is known of any."""
     early = result.global_step < run.trainer.args.max_steps
-    interrupted = early and (run.outcome.signal_number is not None or run.outcome.failed)
+    interrupted = run.outcome.failed or (early and run.outcome.signal_number is not None)
     if not interrupted:
-        if run.samples is not None:
-            run.samples.finish(run.model)
+        if not math.isfinite(result.training_loss):
+            logger.warning("the training loss is not a number: what is exported is of little use")
         run.outcome.promises.extend(_export(run))
     run.outcome.promises.append(_schedule_promise(run, result.global_step))
     write_json(run.path / constants.PROMISES_FILE, [asdict(promise) for promise in run.outcome.promises])
@@ -348,9 +328,14 @@ def _raise_broken(promises: list[PromiseResult]) -> None:
 
 
 def _export(run: Run) -> list[PromiseResult]:
-    """Write the final weights at the top of the output folder and prove that they are what was trained (E6)."""
+    """Write the final weights at the top of the output folder and prove that they are what was trained (E6).
+
+    The answers after the training are theirs, too.
+    """
     trainer, export = run.trainer, run.export
-    with trainer.parts.evaluation_weights(trainer.plain_optimizer()):
+    with trainer.parts.evaluation_weights(trainer.optimizer):
+        if run.samples is not None:
+            run.samples.finish(run.model)
         manifest = export_model(run.model, run.tokenizer, run.path, save_dtype=export.dtype, gguf_file=export.gguf_file)
         results = [check_saved_tensors(run.path, run.model, getattr(torch, manifest["dtype"]))]
         if export.verify:

@@ -44,14 +44,21 @@ class SampleAnswers:
         return cls(chosen, tokenizer, config.generation_max_new_tokens, folder / SAMPLES_FILE)
 
     def start(self, model: PreTrainedModel, *, resumed: bool) -> None:
-        """Answer with the untrained model; a resumed run has these answers already."""
-        if not (resumed and self.path.is_file()):
+        """Answer with the untrained model; a resumed run has these answers already, if its prompts are the same."""
+        if not (resumed and self._asked() == [turns[:-1] for turns in self.conversations]):
             self._write(self._answers(model), [""] * len(self.conversations))
 
     def finish(self, model: PreTrainedModel) -> None:
         """Answer with the trained model, beside the earlier answers."""
-        before = [json.loads(line)["before"] for line in self.path.read_text().splitlines()]
+        before = [json.loads(line)["before"] for line in self.path.read_text(encoding="utf-8").splitlines()]
         self._write(before, self._answers(model))
+
+    def _asked(self) -> list[list[Message]] | None:
+        """The prompts that the file holds answers to; None where it is missing or broken."""
+        try:
+            return [json.loads(line)["prompt"] for line in self.path.read_text(encoding="utf-8").splitlines()]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
     def _answers(self, model: PreTrainedModel) -> list[str]:
         prompts = [turns[:-1] for turns in self.conversations]

@@ -8,7 +8,7 @@ from eft.config.root import TrainConfig
 from eft.data.dataset_meta import DatasetMeta
 from eft.data.plan import Plan
 from eft.models.probes import dtype_table
-from eft.optim.schedulers import schedule_name, warmup_of
+from eft.optim.schedulers import learning_rates, schedule_name, warmup_of
 from eft.parallel.plan import batch_of
 from eft.trainer.flow import Flow
 from eft.trainer.trainer import EftTrainer
@@ -41,7 +41,7 @@ def _model_rows(config: TrainConfig, trainer: EftTrainer) -> Rows:
         ("model", f"{config.base_model} · {type(trainer.model).__name__}"),
         ("parameters", f"{total:,} · trained {trainable:,} ({100 * trainable / total:.2f} %)"),
         *(("weights", str(row)) for row in dtype_table(trainer.model)),
-        ("device", f"{trainer.args.device} · {trainer.args.world_size} process(es) · autocast {autocast}"),
+        ("device", f"{trainer.args.device} · {_count(trainer.args.world_size, 'process')} · autocast {autocast}"),
     ]
 
 
@@ -54,8 +54,9 @@ def _data_rows(summary: dict[str, Any], meta: DatasetMeta) -> Rows:
     ]
     evals = meta.eval_dataset
     if evals is not None:
-        named = evals if isinstance(evals, dict) else {"held-out": evals}
-        rows.append(("held out", ", ".join(f"{name}: {len(data):,} samples" for name, data in named.items())))
+        named = evals if isinstance(evals, dict) else {"": evals}
+        counts = (f"{name + ': ' if name else ''}{_count(len(data), 'sample')}" for name, data in named.items())
+        rows.append(("held out", ", ".join(counts)))
     if meta.cache_note:
         rows.append(("data cache", meta.cache_note))
     return rows
@@ -69,13 +70,13 @@ def _step_rows(config: TrainConfig, summary: dict[str, Any], world_size: int) ->
         ("steps", f"{total:,}{by if summary['plan_steps'] != total else ''}"),
         (
             "batch",
-            f"{summary['global_batch_size']} bins per step = micro-batch {config.micro_batch_size} × accumulation "
-            f"{accumulation} × {world_size} process(es)",
+            f"{_count(summary['global_batch_size'], 'bin')} per step = micro-batch {config.micro_batch_size} × "
+            f"accumulation {accumulation} × {_count(world_size, 'process')}",
         ),
         ("tokens per step", f"{per_step['min']:,} to {per_step['max']:,}, median {per_step['median']:,.0f}"),
         (
             "learning rate",
-            f"{config.learning_rate:g} · {schedule_name(config).value} · warm-up {warmup_of(config, total)} steps",
+            f"{config.learning_rate:g} · {schedule_name(config).value} · {_warmup_text(config, total)}",
         ),
         ("optimizer", config.optimizer),
     ]
@@ -92,3 +93,17 @@ def _flow_rows(flow: Flow) -> Rows:
 def _steps(steps: frozenset[int]) -> str:
     shown = ", ".join(f"{step:,}" for step in sorted(steps)[:_SHOWN_STEPS])
     return f"{shown}, … {max(steps):,} ({len(steps)} times)" if len(steps) > _SHOWN_STEPS else shown
+
+
+def _count(number: int, noun: str) -> str:
+    plural = noun if number == 1 else noun + ("es" if noun.endswith("s") else "s")
+    return f"{number:,} {plural}"
+
+
+def _warmup_text(config: TrainConfig, total_steps: int) -> str:
+    warmup = warmup_of(config, total_steps)
+    text = f"warm-up {_count(warmup, 'step')}"
+    if warmup < total_steps:
+        return text
+    highest = max(learning_rates(config, total_steps))
+    return f"{text}: the run ends before it does, the highest rate is {highest:.3g}"

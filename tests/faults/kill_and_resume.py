@@ -30,6 +30,7 @@ from eft import run
 from eft.config.load import config_from_mapping
 from eft.core.constants import METRICS_FILE
 from eft.core.hashing import hash_file
+from eft.runtime.checkpoint import CheckpointStore
 from tests.tiny import tiny_tokenizer
 from tests.tiny_models import tiny_model
 
@@ -133,7 +134,7 @@ def kill_once(settings: dict[str, Any], output: Path, after_s: float, straight: 
     time.sleep(after_s)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    newest = run.CheckpointStore(output, save_total_limit=None).newest_complete().path
+    newest = CheckpointStore(output, save_total_limit=None).newest_complete().path
     done = (output / "run.json").is_file() and json.loads((output / "run.json").read_text())["status"] == "finished"
     if not done:
         finish(settings, output)

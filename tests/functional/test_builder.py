@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import datasets
@@ -176,3 +177,16 @@ def test_the_same_seed_twice_gives_the_same_weights(make_trainer: MakeTrainer) -
     other = make_trainer(ROWS, model=tiny_model("llama", attention_dropout=0.1), max_steps=3, seed=7)
     other.train()
     assert logged(other, "loss") != logged(runs[0], "loss")
+
+
+def test_a_tracker_without_its_package_is_named(
+    mapping: DictDefault, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(
+        "eft.builder.find_spec",
+        lambda name: None if name in ("wandb", "sqlalchemy") else importlib.util.find_spec(name),
+    )
+    for key, message in (("use_wandb", "needs the package wandb"), ("use_mlflow", "Set `mlflow_tracking_uri`")):
+        with pytest.raises(ConfigError, match=message):
+            HFCausalTrainerBuilder({**mapping, key: True}, tiny_model("llama"), tokenizer).build()

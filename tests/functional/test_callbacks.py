@@ -125,6 +125,17 @@ def test_profiler_of_a_run_that_ends_before(make_trainer: MakeTrainer, tmp_path:
     assert profiled_steps(tmp_path / "out") == 1
 
 
+def test_profiler_of_a_run_that_never_comes_to_it(make_trainer: MakeTrainer, caplog: pytest.LogCaptureFixture) -> None:
+    make_trainer(max_steps=2, profiler_steps=1, profiler_steps_start=2).train()
+    assert "profiler_steps_start: 2, but the run ended at step 2" in caplog.text
+
+
+def test_an_interval_longer_than_the_run_still_evaluates_its_end(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(evals=HELD_OUT, max_steps=3, val_set_size=0.1, eval_steps=50)
+    trainer.train()
+    assert [row["step"] for row in trainer.state.log_history if "eval_loss" in row] == [3]
+
+
 # ---- signals -------------------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -191,6 +192,31 @@ def test_evaluate_chat_and_report_on_a_finished_run(eft: Eft, config: Path, tmp_
     assert eft("report", tmp_path / "out")[0] == 0
     assert (tmp_path / "out" / "report.html").stat().st_size > 10_000
     assert eft("report", tmp_path / "nowhere")[0] == 2
+
+
+def test_a_report_is_not_written_among_other_files(eft: Eft, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("{}")
+    code, _, err = eft("report", tmp_path)
+    assert code == 2
+    assert "holds no run" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_a_conversation_ends_with_the_input(eft: Eft, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = yaml.safe_load(config.read_text())
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello"))  # no line end: what a pipe or Ctrl-D leaves
+    code, out, err = eft("chat", config, "--model", keys["base_model"], "--max-new-tokens", 3)
+    assert code == 0
+    assert out.count("model ›") == 1
+    assert "Aborted" not in err
+
+
+@pytest.mark.parametrize(("steps", "text"), [(1, "warm-up 1 step ·"), (9, "the run ends before it does")])
+def test_a_warm_up_longer_than_the_run_is_told(eft: Eft, config: Path, steps: int, text: str) -> None:
+    code, out, _ = eft("plan", config, f"warmup_steps={steps}")
+    assert code == 0
+    assert text.rstrip(" ·") in " ".join(out.split())
+    assert ("the run ends" in out) == (steps == 9)
 
 
 def test_two_processes_are_refused(eft: Eft, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,3 +66,11 @@ def test_what_is_missing_is_named(keys: dict[str, Any], tmp_path: Path) -> None:
     without = {key: value for key, value in keys.items() if key not in ("val_set_size", "eval_on_start")}
     with pytest.raises(ConfigError, match="needs held-out data"):
         evaluate_model(config_from_mapping(without))
+
+
+def test_no_tracker_hears_of_it(keys: dict[str, Any], tmp_path: Path) -> None:
+    """Evaluating would otherwise start a run there."""
+    pytest.importorskip("mlflow", reason="the mlflow extra is not installed")
+    store = tmp_path / "mlruns"
+    evaluate_model(config_from_mapping({**keys, "use_mlflow": True, "mlflow_tracking_uri": store.as_uri()}))
+    assert not store.exists()

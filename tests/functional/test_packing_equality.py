@@ -63,7 +63,9 @@ def test_no_document_sees_another(name: str, make_trainer: MakeTrainer) -> None:
     rows = token_rows(5, longest=25, seed=3)
     trainer = make_trainer(rows, model=model_of(name), sequence_len=256)
     changed: list[Row] = [dict(row) for row in rows]
-    changed[2]["input_ids"] = [(token + 1) % VOCAB_SIZE for token in rows[2]["input_ids"]]
+    ids = [(token + 1) % VOCAB_SIZE for token in rows[2]["input_ids"]]
+    labels = [label if label == -100 else token for token, label in zip(ids, rows[2]["labels"], strict=True)]
+    changed[2] = {**rows[2], "input_ids": ids, "labels": labels}
     before, after = packed_logits(trainer, rows), packed_logits(trainer, changed)
     for number, (old, new) in enumerate(zip(before, after, strict=True)):
         change = (new - old).abs().max().item()

@@ -253,6 +253,6 @@ def test_a_checkpoint_of_other_data_is_refused(train: Train) -> None:
 
 
 def test_a_checkpoint_without_optimizer_is_refused(train: Train) -> None:
-    train("run", stop=1, max_steps=3, save_only_model=True)
+    train("run", max_steps=3, save_strategy="steps", save_steps=1, save_only_model=True)
     with pytest.raises(CheckpointError, match="cannot be resumed"):
         train("run", resume=1, max_steps=3)

@@ -96,7 +96,6 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {},
     ),
     "pretokenized": ({"input_ids": [5, 6, 7, 2], "labels": [-100, -100, 7, 2], "attention_mask": [1, 1, 1, 1]}, {}),
-    "pretokenized without labels": ({"input_ids": [5, 6, 7, 2]}, {}),
 }
 
 

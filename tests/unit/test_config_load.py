@@ -179,6 +179,7 @@ def test_wrong_lines(tmp_path: Path, line: str, expected: str) -> None:
         ("  - {path: a, shards: 4}", "`datasets[0].shards: 4`: Axolotl has this key, eft has not"),
         ("  - {type: alpaca}", "`datasets[0].path` is missing: File, folder or hub id."),
         ("  - {path: a, type: {field_output: b}}", "put its `field_*` keys into the entry itself"),
+        ("  - {path: a, type: my.rows.load}", "for a function of your own write `my.rows:load`"),
         ("  - {path: a, type: sharegpt}", "datasets[0]: `type: sharegpt`: expected one of chat_template, alpaca"),
         ("  - rows.jsonl", "expected a list of entries with `path` (not empty); write `- path: rows.jsonl`"),
         ("  - {path: a, train_on_eos: maybe}", "expected `turn`, `all`, `last` or `none`"),
@@ -372,3 +373,11 @@ def test_show_lists_origins_and_only_what_is_set(tmp_path: Path) -> None:
     assert lines["seed"] == "command line"
     assert {line.key for line, _ in show_config(loaded)} >= set(TrainConfig.model_fields)
     assert {origin for _, origin in show_config(LoadedConfig(loaded.config, {}))} == {""}
+
+
+def test_the_home_folder_is_written_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run.yaml").write_text("base_model: m\nlearning_rate: 1\ndatasets: [{path: a}]\noutput_dir: ~/out\n")
+    config = load_config(tmp_path / "run.yaml", ["resume_from_checkpoint=~/out/checkpoint-1"]).config
+    assert config.output_dir == str(tmp_path / "out")
+    assert config.resume_from_checkpoint == str(tmp_path / "out" / "checkpoint-1")

@@ -377,10 +377,12 @@ def test_the_tokenizers_fingerprint_is_that_of_its_ids() -> None:
     used(["hello", "hello world"], padding=True, truncation=True, max_length=4)
     assert tokenizer_fingerprint(used) == plain
     changed = [
-        tiny_tokenizer(CHATML),
         tiny_tokenizer(add_bos=True),
         tiny_tokenizer(specials=("<|x|>",)),
         tiny_tokenizer(),
+        tiny_tokenizer(),
     ]
-    changed[-1].add_tokens(["newword"])
+    changed[-2].add_tokens(["newword"])
+    changed[-1].split_special_tokens = True
     assert len({plain, *map(tokenizer_fingerprint, changed)}) == 5
+    assert tokenizer_fingerprint(tiny_tokenizer(CHATML)) == plain

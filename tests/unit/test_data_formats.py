@@ -135,8 +135,17 @@ WRONG_ROWS: dict[str, tuple[str | None, dict[str, Any], str]] = {
         {"input_ids": [1, 2, 3], "labels": [2, 3, -100]},
         "labels[0] is 2 where input_ids[0] is 1; expected the same id or -100 (labels are not shifted",
     ),
-    "weights negative": (None, {"input_ids": [1], "weights": [-1.0]}, "'weights' must be 1 numbers of 0 or more"),
-    "weights infinite": (None, {"input_ids": [1], "weights": [float("inf")]}, "not finite"),
+    "weights negative": (
+        None,
+        {"input_ids": [1], "labels": [1], "weights": [-1.0]},
+        "'weights' must be 1 numbers of 0 or more",
+    ),
+    "weights infinite": (None, {"input_ids": [1], "labels": [1], "weights": [float("inf")]}, "not finite"),
+    "weights ragged": (None, {"input_ids": [1, 2], "labels": [1, 2], "weights": [[1], [1, 2]]}, "'weights' must be 2"),
+    "labels missing": ("pretokenized", {"input_ids": [1, 2]}, "row 17: no 'labels' (the row has input_ids)"),
+    "labels null": (None, {"input_ids": [1, 2], "labels": None}, "give the input_ids as labels, too"),
+    "ids negative": (None, {"input_ids": [1, -1], "labels": [1, -100]}, "input_ids[1] is -1; ids are 0 or more"),
+    "padded": (None, {"input_ids": [1, 0], "labels": [1, -100], "attention_mask": [1, 0]}, "is padded (zeros"),
 }
 
 
@@ -157,7 +166,7 @@ USER_MODULE = """
 number = 3
 def messages(row): return {"messages": [{"role": "user", "content": row["q"]}], "tools": None}
 def segments(row): return {"segments": [{"label": True, "text": row["q"]}], "add_eos": True}
-def ids(row): return {"input_ids": [1, 2], "weights": [0, 2.5]}
+def ids(row): return {"input_ids": [1, 2], "labels": [-100, 2], "weights": [0, 2.5]}
 def text(row): return row["q"]
 def nothing(row): return {"prompt": 1}
 """
@@ -180,4 +189,6 @@ def test_a_users_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert "returned a dict with prompt; expected" in error_of({}, "my_own_format:nothing")
     assert "is a int; expected a function" in error_of({}, "my_own_format:number")
     assert "cannot be imported (AttributeError" in error_of({}, "my_own_format:missing")
+    (tmp_path / "my_broken_format.py").write_text("1 / 0\n")
+    assert "cannot be imported (ZeroDivisionError" in error_of({"q": "x"}, "my_broken_format:f")
     assert "cannot be imported (ModuleNotFoundError" in error_of({}, "no_such_module_here:f")

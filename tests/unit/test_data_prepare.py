@@ -257,6 +257,14 @@ def test_only_malformed_rows(tmp_path: Path, tokenizer: Any) -> None:
         prepare_datasets(config(path, type="chat_template", malformed_rows="drop"), tokenizer)
 
 
+def test_truncation_that_leaves_no_answer_is_named(tmp_path: Path, tokenizer: Any) -> None:
+    path = write_rows(tmp_path / "chats.jsonl", [chat("a" * 40, "b"), chat("c" * 40, "d")])
+    with pytest.raises(DataError, match="sequence_len is 8, and what truncation keeps ends before the answers"):
+        prepare_datasets(
+            config(path, type="chat_template", sequence_len=8, excess_length_strategy="truncate"), tokenizer
+        )
+
+
 def test_an_empty_data_set(tmp_path: Path, tokenizer: Any) -> None:
     with pytest.raises(DataError, match=r"empty\.jsonl.* no rows"):
         prepare_datasets(config(write_rows(tmp_path / "empty.jsonl", [])), tokenizer)
@@ -506,3 +514,49 @@ def test_progress_is_reported(tmp_path: Path, tokenizer: Any) -> None:
     assert [done for _, done, _ in reports] == [512, 1024, 1100]
     assert reports[0][0] == path
     assert np.all([total == 1100 for _, _, total in reports])
+
+
+def test_text_formats_keep_their_store_when_only_the_chat_template_changes(tmp_path: Path) -> None:
+    text = write_rows(tmp_path / "text.jsonl", [{"text": f"text {index}"} for index in range(3)])
+    conversations = chats(tmp_path / "chats.jsonl")
+    for path, type, reused in ((text, "completion", True), (conversations, "chat_template", False)):
+        prepare_datasets(config(path, type=type), byte_tokenizer())
+        note = prepare_datasets(config(path, type=type), byte_tokenizer("<eos>" + CHATML)).cache_note
+        assert ("reused" in note) is reused, note
+
+
+def test_masking_keys_are_read_only_where_they_decide_something(tmp_path: Path, tokenizer: Any) -> None:
+    pairs = [{"instruction": "x", "output": f"y{index}"} for index in range(3)]
+    cases = {
+        "chat_template": (chats(tmp_path / "chats.jsonl"), True),
+        "alpaca": (write_rows(tmp_path / "alpaca.jsonl", pairs), True),
+        "completion": (write_rows(tmp_path / "text.jsonl", [{"text": "hello"}]), False),
+        "pretokenized": (ids_file(tmp_path / "ids.jsonl", [5, 6]), False),
+    }
+    for type, (path, is_read) in cases.items():
+        cfg = config(path, type=type, train_on_inputs=True)
+        prepare_datasets(cfg, tokenizer)
+        assert ("train_on_inputs" in cfg.keys_read()) is is_read, type
+        assert not cfg.datasets[0].keys_read() & {"roles_to_train", "train_on_eos"}, type
+
+
+def test_one_changed_byte_of_equal_size_and_time_makes_a_new_store(tmp_path: Path, tokenizer: Any) -> None:
+    path = Path(chats(tmp_path / "chats.jsonl"))
+    before = prepare_datasets(config(str(path), type="chat_template"), tokenizer)
+    times = path.stat()
+    path.write_bytes(path.read_bytes().replace(b"answer 7", b"answer !"))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    after = prepare_datasets(config(str(path), type="chat_template"), tokenizer)
+    assert path.stat().st_mtime_ns == times.st_mtime_ns
+    assert "(rows changed)" in after.cache_note
+    assert after.train.fingerprint != before.train.fingerprint
+
+
+def test_half_a_character_is_a_malformed_row(tmp_path: Path, tokenizer: Any) -> None:
+    rows: list[Any] = [chat("q", "fine \U0001f600"), json.dumps(chat("q", "cut here")).replace("here", r"\ud83d")]
+    path = write_rows(tmp_path / "chats.jsonl", rows)
+    with pytest.raises(DataError, match=r"chats\.jsonl line 2: .*half of a character"):
+        prepare_datasets(config(path, type="chat_template"), tokenizer)
+    prepared = prepare_datasets(config(path, type="chat_template", malformed_rows="drop"), tokenizer)
+    assert len(prepared.train) == 1
+    assert prepared.ledger.sources[0].dropped["malformed"].rows == 1

@@ -147,6 +147,16 @@ BROKEN: dict[str, tuple[str, bytes, str]] = {
     "no Parquet": ("a.parquet", b"hello", "cannot be read as Parquet"),
     "no Arrow": ("a.arrow", b"hello there", "cannot be read as Arrow"),
     "cut gzip": ("a.jsonl.gz", gzip.compress(jsonl() * 50)[:-9], "cannot be read"),
+    "damaged gzip": ("a.jsonl.gz", gzip.compress(jsonl() * 50)[:10] + b"\xff" * 50, "cannot be read"),
+    "nested too deeply": ("a.jsonl", b'{"a": ' + b"[" * 100_000, "a.jsonl line 1: cannot be read as JSON"),
+    "array nested too deeply": ("a.json", b'[{"a": ' + b"[" * 100_000, "line 1: item 1 cannot be read as JSON"),
+    "endless number": ("a.jsonl", b'{"a": ' + b"1" * 5000 + b"}", "a.jsonl line 1: cannot be read as JSON"),
+    "half a character": (
+        "a.jsonl",
+        rb'{"a": "\ud83d\ude00"}' + b"\n" + rb'{"a": "\ud83d"}',
+        "a.jsonl line 2: has an esc",
+    ),
+    "array with half a character": ("a.json", rb'[{"a": "\ud83d\ude00"}, {"a": "\ude00"}]', "item 2: has an escape"),
     "no zstd": ("a.jsonl.zst", b"hello there", "cannot be read"),
     "CSV with a long row": ("a.csv", b"a,b\n1,2,3\n", "a.csv row 1: not the 2 fields that the first line names (a, b)"),
     "CSV with a short row": ("a.csv", b"a,b\n1,2\n1\n", "a.csv row 2: not the 2 fields"),
@@ -214,3 +224,15 @@ def test_hub_data_sets_go_through_load_dataset_once(monkeypatch: pytest.MonkeyPa
     assert message.startswith("someone/some-data: no local file or folder, and no readable hub data set (ValueError: ")
     assert "Unknown split 'tset'" in message
     sources._hub_dataset.cache_clear()
+
+
+def test_a_parquet_file_damaged_in_its_middle_names_the_row(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    texts = [f"text {index} " * 50 for index in range(3000)]
+    pq.write_table(pa.table({"text": texts}), path, row_group_size=1000, use_dictionary=False)
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 2000] = b"\xff" * 2000
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"a\.parquet: cannot be read beyond row \d+"):
+        list(iter_rows(spec(path)))

@@ -93,6 +93,7 @@ def test_targets(keys: dict[str, Any], modules: int) -> None:
     [
         ({"lora_target_modules": None}, ConfigError, "lora_target_modules.*or lora_target_linear: true"),
         ({"lora_target_modules": ["q_proj", "v_prj"]}, ModelError, "'v_prj' matches no module; did you mean 'v_proj'"),
+        ({"lora_target_modules": "q_proj"}, ModelError, r"so write a list: \[q_proj\]"),
         ({"lora_target_modules": r".*\.q_prj"}, ModelError, "matches no module; did you mean 'q_proj'"),
         ({"lora_target_modules": "(q"}, ConfigError, "no regular expression"),
         ({"lora_target_modules": "q_.*", "lora_target_linear": True}, ConfigError, "cannot be added to a regular"),

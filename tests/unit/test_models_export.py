@@ -151,7 +151,7 @@ LORA_CASES: list[dict[str, Any]] = [
 def test_an_adapter_is_saved_as_an_adapter(tmp_path: Path, keys: dict[str, Any], tied: bool) -> None:
     model = _lora(_base(tmp_path / "base", tie_word_embeddings=tied), **keys)
     before = _state(model)
-    export_model(model, TOKENIZER, tmp_path / "out", save_dtype=None, chat_template=CHATML)
+    export_model(model, TOKENIZER, tmp_path / "out", save_dtype=None)
     assert _same(_state(model), before)
     assert not model.peft_config["default"].inference_mode
     _assert_passes(tmp_path / "out", model, BF16)
@@ -321,7 +321,7 @@ def test_a_failed_export_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.
     def full(*_: Any) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("eft.models.export._write_tokenizer", full)
+    monkeypatch.setattr(TOKENIZER, "save_pretrained", full)
     with pytest.raises(OSError, match="No space"):
         export_model(model, TOKENIZER, tmp_path / "out", save_dtype=F32)
     assert {path.name: hash_file(path) for path in (tmp_path / "out").iterdir()} == before
@@ -331,11 +331,10 @@ def test_tokenizer_template_and_stop_tokens_are_part_of_the_export(tmp_path: Pat
     model = tiny_model("llama", vocab_size=len(TOKENIZER), eos_token_id=9)
     model.generation_config.eos_token_id = 9
     model.generation_config.temperature = 0.7  # without do_sample: loads, but transformers refuses to save it
-    template = CHATML.replace("assistant", "model")
-    export_model(model, TOKENIZER, tmp_path, save_dtype=None, chat_template=template)
+    tokenizer = tiny_tokenizer(CHATML.replace("assistant", "model"))
+    export_model(model, tokenizer, tmp_path, save_dtype=None)
     saved = AutoTokenizer.from_pretrained(tmp_path)
-    assert saved.chat_template == template
-    assert TOKENIZER.chat_template == CHATML
+    assert saved.chat_template == tokenizer.chat_template
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert loaded.generation_config.eos_token_id == [9, TOKENIZER.eos_token_id]
     assert model.generation_config.eos_token_id == 9

@@ -222,3 +222,14 @@ def test_description_counts_parameters_and_attention_cost(folder: Path) -> None:
     assert (facts["layers"], facts["hidden_size"], facts["vocabulary_rows"]) == (NUM_LAYERS, HIDDEN_SIZE, VOCAB_SIZE)
     assert facts["base_dtype"] == "bfloat16"
     assert facts["attention_cost_ratio"] == pytest.approx(2 * NUM_LAYERS * 4 * 8 / (total - VOCAB_SIZE * HIDDEN_SIZE))
+
+
+def test_only_a_table_of_learned_positions_limits_the_length() -> None:
+    from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig
+
+    small = {"vocab_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 48}
+    opt = OPTConfig(**small, hidden_size=16, ffn_dim=16, word_embed_proj_dim=16)
+    gpt2 = GPT2Config(vocab_size=32, n_layer=1, n_head=2, n_embd=16, n_positions=48)
+    llama = LlamaConfig(**small, hidden_size=16, intermediate_size=16)
+    rows = [describe_model(AutoModelForCausalLM.from_config(config))["position_rows"] for config in (opt, gpt2, llama)]
+    assert rows == [48, 48, None]

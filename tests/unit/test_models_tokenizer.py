@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from eft.config.model import ModelConfig
 from eft.config.root import TrainConfig
 from eft.core.errors import ConfigError, ModelError
-from eft.models.tokenizer import load_tokenizer, new_tokens, resize_embeddings
+from eft.models.tokenizer import load_tokenizer, new_tokens, resize_embeddings, rows_needed
 from tests.tiny import tiny_tokenizer
 from tests.tiny_models import tiny_model
 
@@ -199,3 +199,11 @@ def test_rounding_up_with_an_adapter_is_refused(folder: Path) -> None:
         model = tiny_model("llama", vocab_size=len(tokenizer) + 1)
     with pytest.raises(ConfigError, match=r"resize_token_embeddings_to_32x: .*with an adapter"):
         resize_embeddings(model, tokenizer, cfg, 1)
+
+
+def test_ids_with_gaps_have_a_row_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = tiny_tokenizer()
+    assert rows_needed(tokenizer) == len(tokenizer)
+    vocabulary = {**tokenizer.get_vocab(), "<far>": len(tokenizer) + 10}
+    monkeypatch.setattr(tokenizer, "get_vocab", lambda: vocabulary)
+    assert rows_needed(tokenizer) == len(tokenizer) + 11

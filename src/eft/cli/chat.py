@@ -37,7 +37,7 @@ def chat(
     if prompt is None:
         console.print(f"{path} · an empty line ends the conversation", highlight=False)
     while True:
-        text = prompt if prompt is not None else console.input("[bold]you[/bold] › ")
+        text = prompt if prompt is not None else _ask()
         if not text.strip():
             return
         turns.append({"role": "user", "content": text})
@@ -46,3 +46,12 @@ def chat(
         console.print(answer if prompt is not None else f"model › {answer}", markup=False, highlight=False)
         if prompt is not None:
             return
+
+
+def _ask() -> str:
+    """What the user types; an empty line at the end of the input (Ctrl-D, a pipe that ran dry)."""
+    try:
+        return console.input("[bold]you[/bold] › ")
+    except EOFError:
+        console.print()
+        return ""

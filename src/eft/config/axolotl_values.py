@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 _LION = "`lion_pytorch` is the Lion of eft"
@@ -69,6 +70,9 @@ def value_advice(key: str, value: Any) -> str | None:
         return _ADAMW
     if key == "attn_implementation":
         return "leave the key out: `eft` runs each packed document by itself with the best kernel of the machine"
+    if key == "type" and re.fullmatch(r"[A-Za-z_]\w*(\.\w+)+", value):
+        module, _, name = value.rpartition(".")
+        return f"for a function of your own write `{module}:{name}`; of the built-in formats {_TYPED_FORMAT}"
     if key == "type":
         return "use `chat_template`" if value.startswith(("sharegpt", "chat", "messages")) else _TYPED_FORMAT
     return _PLAIN_TEMPLATE if key == "chat_template" else None

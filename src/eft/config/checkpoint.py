@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
+
+from pydantic import field_validator
 
 from eft.config.section import Section, key
 
@@ -33,3 +36,11 @@ class CheckpointConfig(Section):
         "Continue an unfinished run of the same config in `output_dir` by itself.",
         axolotl="Off in Axolotl.",
     )
+
+    @field_validator("output_dir", "resume_from_checkpoint", mode="after")
+    @classmethod
+    def _home_is_expanded(cls, value: str | bool | None) -> str | bool | None:
+        """Here and not where folders are opened: Trainer expands `~` by itself, and a run must not have two folders."""
+        if isinstance(value, str) and value.startswith("~"):
+            return str(Path(value).expanduser())
+        return value

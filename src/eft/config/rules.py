@@ -265,7 +265,7 @@ def evaluation_needs_data(config: TrainConfig) -> tuple[str, str] | None:
     names = [name for name, is_on in wanted.items() if is_on]
     if not names:
         return None
-    listed = ", ".join(f"`{name}`" for name in names)
+    listed = ", ".join("`save_strategy: best`" if name == "save_strategy" else f"`{name}`" for name in names)
     return names[0], f"{listed}: needs held-out data; set `val_set_size` (such as 0.05) or `test_datasets`"
 
 

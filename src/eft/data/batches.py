@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch.utils.data import DataLoader
 
+from eft.core.errors import DataError
 from eft.core.records import TokenDataset
 from eft.data.collators import Collator
 from eft.data.loader import build_eval_loader, build_train_loader
 from eft.data.plan import Plan, build_eval_plan, build_plan
+from eft.data.sample_set import SampleSet
 from eft.data.store import as_token_dataset
 
 
@@ -39,11 +41,24 @@ class BatchSource:
     pin_memory: bool
     attention_cost_ratio: float
     """k in cost(bin) = tokens + k · Σ length²."""
+    vocabulary_rows: int
+    """Rows of the model's embedding; ids from 0 to one less can be looked up."""
+    position_rows: int | None
+    """Tokens of a document that the model's table of positions can number; None where it has no such table."""
+    _eval_sets: dict[int, tuple[Any, TokenDataset]] = field(default_factory=dict, compare=False, repr=False)
+    """Held-out sets by `id`: an evaluation repeats, reading all rows of a foreign set for their lengths need not."""
 
     def make_plan(self, dataset: Any, total_num_steps: int | None) -> Plan:
-        """The plan of a run over `dataset`: a token store, or a plain `datasets.Dataset` with ids and labels (D7)."""
+        """The plan of a run over `dataset`: a token store, or a plain `datasets.Dataset` with ids and labels (D7).
+
+        Raises DataError for an empty data set, one that trains nothing, samples that fit no bin, ids that the model
+        has no row for.
+        """
+        tokens = as_token_dataset(dataset)
+        check_vocabulary(tokens, self.vocabulary_rows)
+        check_positions(tokens, self.position_rows)
         return build_plan(
-            as_token_dataset(dataset),
+            tokens,
             capacity=self.capacity,
             packed=self.packed,
             sequential=self.sequential,
@@ -73,7 +88,7 @@ class BatchSource:
 
     def eval_loader(self, dataset: Any) -> DataLoader[Any]:
         """This rank's batches of a held-out split: every sample once, in order."""
-        tokens: TokenDataset = as_token_dataset(dataset)
+        tokens = self._eval_set(dataset)
         return build_eval_loader(
             tokens,
             build_eval_plan(tokens, capacity=self.capacity, packed=self.eval_packed),
@@ -81,4 +96,45 @@ class BatchSource:
             rank=self.rank,
             world_size=self.world_size,
             batch_size=self.eval_batch_size,
+        )
+
+    def _eval_set(self, dataset: Any) -> TokenDataset:
+        known = self._eval_sets.get(id(dataset))
+        if known is not None:
+            return known[1]
+        tokens = as_token_dataset(dataset)
+        check_vocabulary(tokens, self.vocabulary_rows)
+        check_positions(tokens, self.position_rows)
+        self._eval_sets[id(dataset)] = (dataset, tokens)  # holding it keeps its `id` from being used again
+        return tokens
+
+
+def check_vocabulary(dataset: TokenDataset, vocabulary_rows: int) -> None:
+    """Raise DataError naming the first sample with an id that an embedding of `vocabulary_rows` rows does not have.
+
+    Free where a store says that no id is so large; a `TokenDataset` of someone else's making is not read for this.
+    """
+    if not isinstance(dataset, SampleSet) or dataset.largest_id < vocabulary_rows:
+        return
+    for index in range(len(dataset)):
+        ids = dataset.sample(index).input_ids
+        at = int(ids.argmax())
+        if ids[at] >= vocabulary_rows:
+            raise DataError(
+                f"{dataset.origin(index)}: input_ids[{at}] is {ids[at]}, but the model's embedding has "
+                f"{vocabulary_rows} rows (ids 0 to {vocabulary_rows - 1}); tokenise with the model's own tokenizer, or "
+                "resize the embedding after adding tokens"
+            )
+
+
+def check_positions(dataset: TokenDataset, position_rows: int | None) -> None:
+    """Raise DataError naming the longest sample where it is longer than the model's table of learned positions."""
+    if position_rows is None or len(dataset) == 0:
+        return
+    longest = int(dataset.lengths.argmax())
+    if dataset.lengths[longest] > position_rows:
+        where = dataset.origin(longest) if isinstance(dataset, SampleSet) else f"sample {longest}"
+        raise DataError(
+            f"{where}: {dataset.lengths[longest]} tokens, but the model's table of learned positions has "
+            f"{position_rows}; set `sequence_len: {position_rows}` or less"
         )

@@ -21,7 +21,7 @@ from eft.data.readers import Row
 from eft.data.sample_set import measure
 from eft.data.sources import count_hint, iter_rows
 from eft.data.store import StoreWriter
-from eft.data.tokenize import Rejected, encode_examples
+from eft.data.tokenize import Rejected, encode_examples, trains_on_inputs
 
 BATCH_ROWS = 512
 
@@ -166,7 +166,10 @@ def _require_samples(entry: _Entry) -> None:
         for reason, portion in account.dropped.items()
     )
     message = f"{entry.spec.path}: none of its {account.rows} rows can be trained on: {reasons}"
-    if "no_trainable_tokens" in account.dropped and entry.is_chat:
+    untrained = account.dropped.get("no_trainable_tokens")
+    if untrained is not None and untrained.tokens > untrained.rows * entry.cfg.sequence_len:
+        message += f". sequence_len is {entry.cfg.sequence_len}, and what truncation keeps ends before the answers"
+    elif untrained is not None and entry.is_chat:
         message += f". Roles in the rows: {_roles_text(entry)}; roles_to_train: {', '.join(entry.spec.roles_to_train)}"
         message += " (`roles` maps the names in the rows to standard ones)"
     if "too_long" in account.dropped:
@@ -193,8 +196,3 @@ def _require_context(entry: _Entry) -> None:
         f"the rows: {_roles_text(entry)}; roles_to_train: {', '.join(entry.spec.roles_to_train)}. The chat template "
         "does not show where turns begin and end; use another one, or set `train_on_inputs: true` if this is meant"
     )
-
-
-def trains_on_inputs(spec: DatasetConfig, cfg: DataConfig) -> bool:
-    """`train_on_inputs` of the entry, else of the run."""
-    return cfg.train_on_inputs if spec.train_on_inputs is None else spec.train_on_inputs

@@ -10,6 +10,7 @@ import numpy as np
 from eft.core.errors import DataError
 from eft.core.hashing import hash_bytes
 from eft.core.records import TokenSample
+from eft.data.given_tokens import given_sample
 from eft.data.sample_set import DIGEST_DTYPE, SampleSet, digests_of, measure
 
 
@@ -20,9 +21,11 @@ class ForeignDataset(SampleSet):
         self.rows = rows
         columns: dict[str, list[Any]] = {"lengths": [], "trainable_counts": [], "weight_sums": []}
         ids, whole = bytearray(), bytearray()
+        self.largest_id = 0
         for index in range(len(rows)):
             sample = _foreign_sample(rows[index], index)
             count, weight = measure(sample)
+            self.largest_id = max(self.largest_id, int(sample.input_ids.max()))
             for name, value in zip(columns, (len(sample.input_ids), count, weight), strict=True):
                 columns[name].append(value)
             id_digest, sample_digest = digests_of(sample)
@@ -49,27 +52,10 @@ class ForeignDataset(SampleSet):
 
 
 def _foreign_sample(row: Any, index: int) -> TokenSample:
+    where = f"row {index} of the data set"
     if not isinstance(row, Mapping):
-        raise DataError(f"row {index} of the data set is a {type(row).__name__}; expected input_ids and labels by name")
-    for name in ("input_ids", "labels"):
-        if name not in row:
-            raise DataError(
-                f"row {index} of the data set has no {name!r} (it has: {', '.join(map(str, row))}); eft trains on rows "
-                "with input_ids and labels, where a label is the input id to train or -100 for context"
-            )
-    ids, labels = (np.asarray(row[name], dtype=np.int32) for name in ("input_ids", "labels"))
-    if ids.ndim != 1 or ids.shape != labels.shape or not len(ids):
-        raise DataError(
-            f"row {index} of the data set: input_ids {ids.shape} and labels {labels.shape} must be two lists of one "
-            "length ≥ 1"
-        )
-    if "attention_mask" in row and not np.all(row["attention_mask"]):
-        raise DataError(
-            f"row {index} of the data set is padded (zeros in attention_mask); pass unpadded rows, eft pads"
-        )
-    if row.get("weights") is None:
-        return TokenSample(ids, labels)
-    weights = np.asarray(row["weights"], dtype=np.float32)
-    if weights.shape != ids.shape or not np.all(np.isfinite(weights)) or np.any(weights < 0):
-        raise DataError(f"row {index} of the data set: weights must be {len(ids)} finite numbers ≥ 0")
-    return TokenSample(ids, labels, weights)
+        raise DataError(f"{where} is a {type(row).__name__}; expected input_ids and labels by name")
+    sample = given_sample(where, row)
+    if not len(sample.input_ids):
+        raise DataError(f"{where} has no tokens; expected at least one")
+    return sample

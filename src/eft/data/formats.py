@@ -10,13 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-import numpy as np
-import numpy.typing as npt
-
 from eft.config.data import DatasetConfig
-from eft.core.constants import IGNORE_INDEX
 from eft.core.errors import DataError, nearest
 from eft.core.records import Message, Segment, TokenSample
+from eft.data.given_tokens import given_sample
 from eft.data.readers import Row
 
 ROLES: dict[str, tuple[str, ...]] = {
@@ -76,7 +73,7 @@ def resolve_format(spec: DatasetConfig) -> Format:
         sys.path.append(os.getcwd())  # the `eft` command, unlike `python`, does not look in the current folder
     try:
         function = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, SyntaxError) as error:
+    except Exception as error:  # the user's module may raise anything while it is imported
         problem = f"{type(error).__name__}: {error}"
         raise DataError(f"{spec.path}: type {spec.type!r} cannot be imported ({problem})") from error
     if not callable(function):
@@ -137,8 +134,8 @@ def input_output(row: Row, spec: DatasetConfig) -> Example:
 
 
 def pretokenized(row: Row, spec: DatasetConfig) -> Example:
-    """`input_ids` and `labels` as they are; without `labels` everything is trained. `attention_mask` is ignored."""
-    return Example(row.where, sample=_sample(row.where, row.data))
+    """`input_ids` and `labels` (and `weights`) as they are; a padded row and one without labels are refused."""
+    return Example(row.where, sample=given_sample(row.where, row.data))
 
 
 FORMATS: dict[str, Format] = {
@@ -168,7 +165,7 @@ def _user_format(name: str, function: Callable[[dict[str, Any]], Any]) -> Format
             segments = _segments(where, result["segments"], "segments")
             return Example(where, segments=segments, add_eos=bool(result.get("add_eos")))
         if "input_ids" in result:
-            return Example(where, sample=_sample(where, result))
+            return Example(where, sample=given_sample(where, result))
         raise DataError(f"{where}: returned a dict with {_listed(result)}; expected {expected}")
 
     return apply
@@ -214,42 +211,6 @@ def _segments(where: str, pieces: Any, name: str) -> list[Segment]:
             raise DataError(f"{at} has label {piece.get('label')!r}; expected true (train) or false (context)")
         segments.append(Segment(piece["text"], piece["label"]))
     return segments
-
-
-def _sample(where: str, data: dict[str, Any]) -> TokenSample:
-    """Ids, labels and weights, checked except for the vocabulary (which the tokenizer knows)."""
-    ids = _ids(where, data, "input_ids")
-    labels = _ids(where, data, "labels") if data.get("labels") is not None else ids.copy()
-    if len(labels) != len(ids):
-        raise DataError(f"{where}: {len(labels)} labels for {len(ids)} input_ids; expected as many")
-    wrong = np.flatnonzero((labels != IGNORE_INDEX) & (labels != ids))
-    if len(wrong):
-        at = int(wrong[0])
-        raise DataError(
-            f"{where}: labels[{at}] is {labels[at]} where input_ids[{at}] is {ids[at]}; expected the same id or "
-            f"{IGNORE_INDEX} (labels are not shifted: the loss does that)"
-        )
-    if data.get("weights") is None:
-        return TokenSample(ids, labels)
-    weights = np.asarray(data["weights"])
-    if weights.shape != ids.shape or weights.dtype.kind not in "fiu" or not np.all(weights >= 0):
-        raise DataError(f"{where}: field 'weights' must be {len(ids)} numbers of 0 or more, one per id")
-    if not np.all(np.isfinite(weights)):
-        raise DataError(f"{where}: field 'weights' has values that are not finite")
-    return TokenSample(ids, labels, weights.astype(np.float32))
-
-
-def _ids(where: str, data: dict[str, Any], name: str) -> npt.NDArray[np.int32]:
-    value = _field(where, data, name, "type", "a list of token ids")
-    try:
-        ids = np.asarray(value)
-    except ValueError:
-        ids = np.empty((0, 0))  # lists of different lengths
-    if ids.ndim != 1 or (ids.dtype.kind not in "iu" and len(ids)):
-        raise DataError(f"{where}: field {name!r} is not a flat list of integers (token ids)")
-    if len(ids) and (ids.max() > np.iinfo(np.int32).max or ids.min() < np.iinfo(np.int32).min):
-        raise DataError(f"{where}: field {name!r} has ids outside 32 bits")
-    return ids.astype(np.int32)
 
 
 # ---- conversations ----

@@ -8,6 +8,7 @@ import io
 import json
 import re
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,9 @@ OnBroken = Callable[[int, DataError], None]
 COMPRESSED = (".gz", ".zst")
 """May follow the extension of a text format."""
 _MAGIC = {b"PAR1": "Parquet", b"ARRO": "Arrow", b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip"}
+
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+_HALF_CHARACTER = r"has an escape \uD800 to \uDFFF that is half of a character, so its text is not valid Unicode"
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ def _lines(file: Path, expected: str) -> Iterator[tuple[int, bytes]]:
                             raise DataError(f"{file}: is a {name} file by its content; expected {expected}")
                     line = line.removeprefix(b"\xef\xbb\xbf")
                 yield number, line
-    except (OSError, EOFError, zstandard.ZstdError) as error:
+    except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
         raise DataError(f"{file}: cannot be read ({error}); expected {expected}") from error
 
 
@@ -90,11 +94,25 @@ def _read_json(file: Path, on_broken: OnBroken | None) -> Iterator[Row]:
             problem = f"{file} line {number}, column {error.colno}: broken JSON ({error.msg}); expected {expected}"
             _report(number, DataError(problem), on_broken)
             continue
-        if isinstance(data, dict):
+        except (RecursionError, ValueError) as error:  # nested too deeply, a number of thousands of digits
+            _report(number, DataError(f"{file} line {number}: cannot be read as JSON ({error})"), on_broken)
+            continue
+        if _SURROGATE.search(line) and _has_half_character(data):
+            _report(number, DataError(f"{file} line {number}: {_HALF_CHARACTER}"), on_broken)
+        elif isinstance(data, dict):
             yield Row(str(file), number, data)
         else:
             problem = f'{file} line {number}: a JSON {type(data).__name__}; expected an object, such as {{"text": …}}'
             _report(number, DataError(problem), on_broken)
+
+
+def _has_half_character(data: Any) -> bool:
+    """Whether some text cannot be written as UTF-8: no tokenizer takes it."""
+    try:
+        json.dumps(data, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _read_json_array(file: Path, first_line: int, content: bytes, on_broken: OnBroken | None) -> Iterator[Row]:
@@ -104,6 +122,7 @@ def _read_json_array(file: Path, first_line: int, content: bytes, on_broken: OnB
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: is not UTF-8 text ({error.reason})") from error
     decoder, blank = json.JSONDecoder(), re.compile(r"\s*")
+    has_escapes = _SURROGATE.search(content) is not None
 
     def skip(position: int) -> int:
         match = blank.match(text, position)
@@ -120,8 +139,12 @@ def _read_json_array(file: Path, first_line: int, content: bytes, on_broken: OnB
             data, after = decoder.raw_decode(text, position)
         except json.JSONDecodeError as error:
             raise fail(error.pos, f"broken JSON ({error.msg})") from error
+        except (RecursionError, ValueError) as error:
+            raise fail(position, f"item {number + 1} cannot be read as JSON ({error})") from error
         number += 1
-        if isinstance(data, dict):
+        if has_escapes and _has_half_character(data):
+            _report(number, fail(position, f"item {number}: {_HALF_CHARACTER}"), on_broken)
+        elif isinstance(data, dict):
             yield Row(str(file), number, data)
         else:
             _report(number, fail(position, f"item {number} is a JSON {type(data).__name__}"), on_broken)
@@ -189,10 +212,13 @@ def _read_arrow(file: Path, on_broken: OnBroken | None) -> Iterator[Row]:
 
 def _batch_rows(file: Path, batches: Any) -> Iterator[Row]:
     number = 0
-    for batch in batches:
-        for data in batch.to_pylist():
-            number += 1
-            yield Row(str(file), number, without_padding(data))
+    try:
+        for batch in batches:
+            for data in batch.to_pylist():
+                number += 1
+                yield Row(str(file), number, without_padding(data))
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file}: cannot be read beyond row {number} ({error})") from error
 
 
 def without_padding(row: dict[str, Any]) -> dict[str, Any]:

@@ -51,6 +51,8 @@ class SampleSet(ABC):
     """Equal where the input ids are equal."""
     sample_digests: Digests
     """Equal where ids, labels and weights are equal."""
+    largest_id: int
+    """No input id is above it; of a view, it is that of what the view chooses from."""
     fingerprint: str
     """SHA-256 of the sample digests in order: equal samples in equal order have equal fingerprints."""
 
@@ -110,6 +112,7 @@ class TokenView(SampleSet):
         self.trainable_counts = self._gather("trainable_counts")
         self.id_digests = self._gather("id_digests")
         self.sample_digests = self._gather("sample_digests")
+        self.largest_id = max(base.largest_id for base in bases)
         self.fingerprint = hash_bytes(self.sample_digests.tobytes())
         if any("weights" in base.column_names for base in bases):
             self.column_names = ("input_ids", "labels", "weights")

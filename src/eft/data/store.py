@@ -32,7 +32,7 @@ from eft.core.records import Int32Array, Int64Array, TokenDataset, TokenSample
 from eft.data.foreign import ForeignDataset
 from eft.data.sample_set import DIGEST_DTYPE, SampleSet, digests_of, measure
 
-STORE_VERSION = 1
+STORE_VERSION = 2
 """Part of every cache key: raise it when the files change their meaning."""
 
 TOKENS_FILE = "tokens.arrow"
@@ -86,6 +86,7 @@ class TokenStore(SampleSet):
         self.sample_digests = self._map("sample_digests")
         self.source_names: list[str] = self.meta["sources"]
         self.fingerprint = self.meta["fingerprint"]
+        self.largest_id = self.meta["largest_id"]
         self.has_weights: bool = self.meta["has_weights"]
         if self.has_weights:
             self.column_names = ("input_ids", "labels", "weights")
@@ -147,6 +148,7 @@ class StoreWriter:
         self._pending_tokens = 0
         self._starts = [0]
         self._has_weights = False
+        self._largest_id = 0
         self._tokens = pa.ipc.new_file(str(folder / TOKENS_FILE), _SCHEMA)
         self._conversations = pa.ipc.new_file(
             str(folder / CONVERSATIONS_FILE), _CONVERSATION_SCHEMA, options=pa.ipc.IpcWriteOptions(compression="zstd")
@@ -186,6 +188,7 @@ class StoreWriter:
         id_digest, sample_digest = digests_of(sample)
         self._id_digests += id_digest
         self._sample_digests += sample_digest
+        self._largest_id = max(self._largest_id, int(sample.input_ids.max()))
         self._has_weights |= sample.weights is not None
         self._pending.append((sample, conversation))
         self._pending_tokens += length
@@ -227,6 +230,7 @@ class StoreWriter:
             "samples": len(self),
             "tokens": sum(self._columns["lengths"]),
             "has_weights": self._has_weights,
+            "largest_id": self._largest_id,
             "sources": list(self._sources),
             "files": {file.name: file.stat().st_size for file in sorted(self.folder.iterdir())},
         }

@@ -36,7 +36,7 @@ def encode_examples(
         examples: what the format made of the rows; a few hundred at a time are tokenised in one call.
         tokenizer: a fast tokenizer.
         spec: the data set's own masking keys.
-        cfg: the global `train_on_inputs`.
+        cfg: the global `train_on_inputs`; it and the masking keys are read only where they decide something (E8).
         template: the resolved chat template; needed by conversations only.
 
     Returns:
@@ -45,30 +45,38 @@ def encode_examples(
     Raises:
         DataError: for what no row can mend: a role nobody has, no chat template, no EOS token, a slow tokenizer.
     """
-    train_on_inputs = cfg.train_on_inputs if spec.train_on_inputs is None else spec.train_on_inputs
     results: dict[int, TokenSample | Rejected] = {}
     chats = [index for index, example in enumerate(examples) if example.messages is not None]
     if chats:
         if template is None:
             raise DataError(f"{spec.path}: gives conversations, but there is no chat template; set `chat_template`")
-        check_roles_to_train(spec)
+        everything = trains_on_inputs(spec, cfg)
+        if not everything:
+            check_roles_to_train(spec)
         encoded = encode_conversations(
             tokenizer,
             template,
             [examples[index] for index in chats],
-            roles_to_train=spec.roles_to_train,
-            train_on_eos=spec.train_on_eos,
-            train_on_inputs=train_on_inputs,
+            roles_to_train=() if everything else spec.roles_to_train,
+            train_on_eos="all" if everything else spec.train_on_eos,
+            train_on_inputs=everything,
         )
         results.update(zip(chats, encoded, strict=True))
     pieces = [index for index, example in enumerate(examples) if example.segments is not None]
     if pieces:
-        samples = _encode_segments([examples[index] for index in pieces], tokenizer, train_on_inputs)
+        with_context = any(not segment.train for index in pieces for segment in examples[index].segments or ())
+        everything = with_context and trains_on_inputs(spec, cfg)
+        samples = _encode_segments([examples[index] for index in pieces], tokenizer, everything)
         results.update(zip(pieces, samples, strict=True))
     for index, example in enumerate(examples):
         if example.sample is not None:
             results[index] = _check_vocabulary(example.sample, len(tokenizer))
     return [results[index] for index in range(len(examples))]
+
+
+def trains_on_inputs(spec: DatasetConfig, cfg: DataConfig) -> bool:
+    """`train_on_inputs` of the entry, else of the run."""
+    return cfg.train_on_inputs if spec.train_on_inputs is None else spec.train_on_inputs
 
 
 def _encode_segments(
@@ -124,12 +132,13 @@ def _check_vocabulary(sample: TokenSample, size: int) -> TokenSample | Rejected:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 (hex) of everything in the tokenizer that decides ids: its backend (without truncation and padding, which
-    calls set and which we never use), its special tokens, its chat template."""
+    """SHA-256 (hex) of everything in the tokenizer that decides the ids of a text: its backend (without truncation and
+    padding, which calls set and which we never use) and its special tokens. Not its chat template: that counts as the
+    template of the formats that use one."""
     facts: dict[str, Any] = {
         "class": type(tokenizer).__name__,
         "special_tokens": tokenizer.special_tokens_map,
-        "template": tokenizer.chat_template,
+        "split_special_tokens": tokenizer.split_special_tokens,
     }
     if tokenizer.is_fast:
         backend = json.loads(tokenizer.backend_tokenizer.to_str())

@@ -72,7 +72,11 @@ def _target_modules(model: nn.Module, cfg: AdapterConfig) -> list[str] | str:
         if linear:
             raise ConfigError("lora_target_linear: cannot be added to a regular expression in lora_target_modules")
         if not any(_fullmatch("lora_target_modules", targets, name) for name in names):
-            raise ModelError(f"lora_target_modules: {targets!r} matches no module{_advice(targets, names)}")
+            if any(name.endswith(f".{targets}") for name in names):
+                advice = f"; as text it is a regular expression for the whole name, so write a list: [{targets}]"
+            else:
+                advice = _advice(targets, names)
+            raise ModelError(f"lora_target_modules: {targets!r} matches no module{advice}")
         return targets
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in names):

@@ -50,15 +50,14 @@ def export_model(
     folder: Path,
     *,
     save_dtype: torch.dtype | None,
-    chat_template: str | None = None,
     gguf_file: str | None = None,
 ) -> dict[str, Any]:
     """Write `model` (an adapter as an adapter) and `tokenizer` into `folder`; returns the manifest.
 
-    Floating-point tensors are saved in `save_dtype`, else in the base checkpoint's dtype. `chat_template` replaces the
-    tokenizer's in the saved files. `gguf_file` names the file an adapter's base came from. The live model is not
-    changed. Files appear in `folder` one by one once all of them are on disk, `manifest.json` (sha256 and size of each)
-    last; files of an earlier export that the new one does not have are removed.
+    Floating-point tensors are saved in `save_dtype`, else in the base checkpoint's dtype. `gguf_file` names the file an
+    adapter's base came from. Generation stops at what the tokenizer's chat template ends a turn with. The live model is
+    not changed. Files appear in `folder` one by one once all of them are on disk, `manifest.json` (sha256 and size of
+    each) last; files of an earlier export that the new one does not have are removed.
     """
     dtype = save_dtype or base_dtype(model)
     folder.mkdir(parents=True, exist_ok=True)
@@ -70,7 +69,7 @@ def export_model(
             facts = _write_adapter(model, temporary, dtype, gguf_file)
         else:
             facts = _write_model(model, tokenizer, temporary, dtype)
-        _write_tokenizer(tokenizer, temporary, chat_template)
+        tokenizer.save_pretrained(temporary)
         for path in temporary.iterdir():
             path.chmod(temporary.stat().st_mode & 0o666)  # safetensors makes files that only their owner may read
         manifest = {
@@ -141,13 +140,6 @@ def _base_was_resized(model: PeftModel, base: str | None, gguf_file: str | None)
     options = {} if gguf_file is None else {"gguf_file": gguf_file}
     config = AutoConfig.from_pretrained(base, **options)
     return bool(config.get_text_config().vocab_size != embedding.weight.shape[0])
-
-
-def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, chat_template: str | None) -> None:
-    if chat_template is not None and chat_template != tokenizer.chat_template:
-        tokenizer = copy.deepcopy(tokenizer)
-        tokenizer.chat_template = chat_template
-    tokenizer.save_pretrained(folder)
 
 
 def _publish(temporary: Path, folder: Path, manifest: dict[str, Any]) -> None:

@@ -90,14 +90,16 @@ def stop_token_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedToke
 
 
 def _turn_end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The special token right after an assistant's text in the chat template, if that is how the template ends it."""
+    """The token of its own (special, or added for the template) that ends an assistant's text in the chat template, if
+    that is how the template ends it."""
     if tokenizer.chat_template is None:
         return None
     turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _MARK}]
     text = str(tokenizer.apply_chat_template(turns, tokenize=False))
     tail = text.rpartition(_MARK)[2]
-    ids = tokenizer.encode(tail, add_special_tokens=False) if tail else []
-    return ids[0] if ids and ids[0] in tokenizer.all_special_ids else None
+    ids = tokenizer.encode(tail.lstrip(), add_special_tokens=False)
+    own = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    return ids[0] if ids and ids[0] in own else None
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel
+from torch import nn
 from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
@@ -19,6 +20,9 @@ from eft.core.errors import ModelError, nearest
 from eft.models.location import is_local, nearest_folder, resolve_location
 from eft.models.plain import base_model_of
 from eft.models.seeding import seeded_rng
+
+_LEARNED_POSITIONS = ("wpe", "embed_positions", "position_embeddings", "position_embedding")
+"""What families call their table of learned positions."""
 
 TRAINABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 GGUF_DTYPE = torch.bfloat16
@@ -153,6 +157,17 @@ def base_dtype(model: PreTrainedModel | PeftModel) -> torch.dtype:
     return sizes.most_common(1)[0][0]
 
 
+def _position_rows(base: PreTrainedModel) -> int | None:
+    """Tokens of a document that a model with a table of learned positions can number; None where it computes them."""
+    shape = base.config.get_text_config()
+    limit = getattr(shape, "max_position_embeddings", None)
+    for name, module in base.named_modules():
+        learned = isinstance(module, nn.Embedding) and module is not base.get_input_embeddings()
+        if limit is not None and learned and name.rpartition(".")[2] in _LEARNED_POSITIONS:
+            return int(limit)
+    return None
+
+
 def describe_model(model: PreTrainedModel | PeftModel) -> dict[str, Any]:
     """Numbers for the start-up table and for balancing ranks.
 
@@ -187,6 +202,7 @@ def describe_model(model: PreTrainedModel | PeftModel) -> dict[str, Any]:
         "heads": heads,
         "head_dim": head_dim,
         "vocabulary_rows": int(embedding.shape[0]),
+        "position_rows": _position_rows(base),
         "tied_embeddings": tied,
         "base_dtype": str(base_dtype(model)).removeprefix("torch."),
         "attention_cost_ratio": 2.0 * layers * heads * head_dim / multiplied,

@@ -121,13 +121,14 @@ def resize_embeddings(
     """
     added = new_tokens(cfg, tokenizer)
     old_rows = int(model.get_input_embeddings().weight.shape[0])
-    needed = max(old_rows, len(tokenizer))
+    wanted = rows_needed(tokenizer)
+    needed = max(old_rows, wanted)
     if cfg.resize_token_embeddings_to_32x:
         needed = -(-needed // ROW_MULTIPLE) * ROW_MULTIPLE
     _check_new_rows_trained(model, tokenizer, cfg, added)
-    if cfg.adapter is not None and needed > max(old_rows, len(tokenizer)):
+    if cfg.adapter is not None and needed > max(old_rows, wanted):
         raise ConfigError(
-            f"resize_token_embeddings_to_32x: {needed} rows for {len(tokenizer)} tokens; peft gives the base of an "
+            f"resize_token_embeddings_to_32x: {needed} rows for {wanted} tokens; peft gives the base of an "
             "adapter exactly one row per token when it loads it, so leave this off with an adapter"
         )
     known_rows = min([old_rows, *added.values()])
@@ -138,6 +139,12 @@ def resize_embeddings(
         if fresh:
             _start_at_mean(model, known_rows, fresh)
     return list(added.values())
+
+
+def rows_needed(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Embedding rows that hold every id of the tokenizer; more than its tokens where its ids leave gaps."""
+    highest: int = max(tokenizer.get_vocab().values())
+    return max(len(tokenizer), highest + 1)
 
 
 def _check_new_rows_trained(

@@ -81,12 +81,16 @@ class CheckpointStore:
         return sorted(int(match[1]) for match in matches if match)
 
     def newest_complete(self) -> NewestCheckpoint:
-        """The newest checkpoint whose every file agrees with its manifest; damaged newer ones are passed over."""
+        """The newest checkpoint to resume from: every file agrees with its manifest and the optimizer's are among them.
+
+        Newer ones that are damaged, or hold the model only, are passed over.
+        """
         skipped: list[tuple[Path, str]] = []
         for step in reversed(self.steps()):
             folder = self.path(step)
             try:
-                verify_manifest(folder)
+                if not verify_manifest(folder).get("resumable", True):
+                    raise CheckpointError("it holds the model only (`save_only_model`)")
             except CheckpointError as error:
                 skipped.append((folder, str(error)))
             else:
@@ -95,20 +99,20 @@ class CheckpointStore:
 
     @contextmanager
     def write(
-        self, step: int, best_step: int | None = None, extra: Mapping[str, Any] | None = None
+        self, step: int, best_step: int | None = None, extra: Mapping[str, Any] | None = None, *, keep: bool = True
     ) -> Iterator[Path | None]:
         """Yield a temporary folder to fill; on leaving, it becomes `checkpoint-<step>` and old ones are removed.
 
-        Yields None, with a log line, when a complete `checkpoint-<step>` with the same `extra` is there already: it is
-        kept. An incomplete one, or another run's, is renamed aside first. `best_step` is never removed, nor is the one
-        just written. `extra` goes into the manifest. On an error in the body nothing is left and every older checkpoint
-        is untouched.
+        Yields None, with a log line, when a complete `checkpoint-<step>` with the same `extra` is there already and
+        `keep` says that this run may have written it: it is kept. An incomplete one, or another run's, is renamed aside
+        first. `best_step` is never removed, nor is the one just written. `extra` goes into the manifest. On an error in
+        the body nothing is left and every older checkpoint is untouched.
 
         Raises:
             CheckpointError: the disk is full or the folder cannot be written.
         """
         target = self.path(step)
-        if target.exists() and self._keep_existing(target, extra or {}):
+        if target.exists() and self._keep_existing(target, extra or {}, keep):
             yield None
             return
         with self._disk_errors(target), new_folder(target) as folder:
@@ -116,8 +120,10 @@ class CheckpointStore:
             write_manifest(folder, kind="checkpoint", extra={"step": step, **(extra or {})})
         self._retain(step, best_step)
 
-    def _keep_existing(self, target: Path, extra: Mapping[str, Any]) -> bool:
+    def _keep_existing(self, target: Path, extra: Mapping[str, Any], keep: bool) -> bool:
         try:
+            if not keep:
+                raise CheckpointError("it was there before the run started")
             manifest = verify_manifest(target)
             other = [name for name, value in extra.items() if manifest.get(name) != value]
             if other:

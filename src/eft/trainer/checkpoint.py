@@ -24,25 +24,26 @@ class CheckpointSaveMixin(TrainerHooks):
         """Write `checkpoint-<step>` atomically: weights, optimizer, schedule, generators, progress, trainer state."""
         step = int(self.state.global_step)
         self.store_flos()
-        if self.state.best_global_step:
-            self.state.best_model_checkpoint = str(self.parts.checkpoint.path(self.state.best_global_step))
+        best = self.state.best_global_step
+        if best and (best == step or self.parts.checkpoint.path(best).is_dir()):
+            self.state.best_model_checkpoint = str(self.parts.checkpoint.path(best))
         if self.args.should_save:
-            extra = {
-                "resumable": not self.args.save_only_model,
-                "config": self.parts.fingerprint,
-                "plan": self.plan.fingerprint,
-            }
-            checkpoint = self.parts.checkpoint.write(step, self.state.best_global_step, extra)
+            # A run that is being stopped is to be continued, whatever `save_only_model` says.
+            stopping = self.control.should_training_stop and step < self.args.max_steps
+            resumable = stopping or not self.args.save_only_model
+            extra = {"resumable": resumable, "config": self.parts.fingerprint, "plan": self.plan.fingerprint}
+            # Only a resumed run can come to a step that it has saved before.
+            checkpoint = self.parts.checkpoint.write(step, best, extra, keep=self._initial_global_step > 0)
             with self.parts.meter.paused(), checkpoint as folder:
                 if folder is not None:
-                    self._fill_checkpoint(folder)
+                    self._fill_checkpoint(folder, resumable)
         self.accelerator.wait_for_everyone()
 
-    def _fill_checkpoint(self, folder: Path) -> None:
+    def _fill_checkpoint(self, folder: Path, resumable: bool) -> None:
         self.parts.checkpoint.save_weights(folder, self.model)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
-        if not self.args.save_only_model:
+        if resumable:
             self._save_optimizer_and_scheduler(str(folder))
             self._save_rng_state(str(folder))
         write_json(folder / PROGRESS_FILE, self.progress_state())
@@ -71,6 +72,22 @@ class CheckpointSaveMixin(TrainerHooks):
             )
         self.parts.checkpoint.load_optimizer(folder, self.model, self.plain_optimizer())
         self.lr_scheduler.load_state_dict(json.loads((folder / SCHEDULER_FILE).read_text()))
+        self._find_best_model(folder.parent)
+
+    def _find_best_model(self, elsewhere: Path) -> None:
+        """Name the best checkpoint where it lies now: in this run's folder, or beside the one that is resumed.
+
+        Raises:
+            CheckpointError: `load_best_model_at_end` will need it and it is gone.
+        """
+        best = self.state.best_global_step
+        if not best:
+            return
+        own = self.parts.checkpoint.path(best)
+        found = next((path for path in (own, elsewhere / own.name) if path.is_dir()), None)
+        if found is None and self.args.load_best_model_at_end:
+            raise CheckpointError(f"{own}: missing; `load_best_model_at_end` needs it, the best model so far.")
+        self.state.best_model_checkpoint = None if found is None else str(found)
 
     def _load_best_model(self) -> None:
         """Put the best checkpoint's weights into the model at the end of the training.

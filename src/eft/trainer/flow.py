@@ -48,9 +48,10 @@ def make_flow(rules: FlowRules, epoch_ends: list[int], total_steps: int, has_eva
     ends = [step for step in epoch_ends if step <= total_steps]
     if not ends or ends[-1] != total_steps:
         ends = [*ends, total_steps]
-    evaluate_at = marks(rules.eval_every, rules.evals_per_epoch, ends, total_steps) if has_eval else frozenset()
-    if evaluate_at:
-        evaluate_at |= {total_steps}
+    evaluate_at: frozenset[int] = frozenset()
+    if has_eval and (rules.eval_every is not None or rules.evals_per_epoch is not None):
+        # Also where the interval is longer than the run.
+        evaluate_at = marks(rules.eval_every, rules.evals_per_epoch, ends, total_steps) | {total_steps}
     save_at = marks(rules.save_every, rules.saves_per_epoch, ends, total_steps)
     if rules.save_first_step:
         save_at |= {1}

@@ -30,7 +30,7 @@ else:
 
 
 HOOK_OWNERS: dict[str, tuple[str, ...]] = {
-    "PackingMixin": ("get_train_dataloader", "get_eval_dataloader"),
+    "PackingMixin": ("get_train_dataloader", "get_eval_dataloader", "get_test_dataloader"),
     "SchedulerMixin": ("create_scheduler",),
     "OptimizerMixin": ("create_optimizer",),
     "RngLoaderMixin": ("_save_rng_state", "_load_rng_state"),
@@ -50,6 +50,7 @@ HOOK_OWNERS: dict[str, tuple[str, ...]] = {
         "evaluate",
         "evaluation_loop",
         "log",
+        "_load_callback_state",
         "floating_point_ops",
         "_run_epoch",
     ),

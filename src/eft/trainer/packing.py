@@ -6,6 +6,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
+from eft.core.errors import DataError
 from eft.trainer.hooks import TrainerHooks
 
 
@@ -21,6 +22,10 @@ class PackingMixin(TrainerHooks):
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(eval_dataset, str):
             dataset = self.eval_dataset[eval_dataset]
-        if dataset is None:
-            raise ValueError("evaluation needs held-out data: set `val_set_size` or `test_datasets`")
+        if dataset is None or len(dataset) == 0:
+            raise DataError("evaluation needs held-out data: set `val_set_size` or `test_datasets`, or pass a data set")
         return self.parts.packing.eval_loader(dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
+        """As for evaluation: `predict` gives the same metrics, of any data set."""
+        return self.get_eval_dataloader(test_dataset)

@@ -1,4 +1,4 @@
-"""DistributedParallelMixin: what the parallel plan adds to the Accelerator, and full weights for every save."""
+"""DistributedParallelMixin: what the parallel plan adds to the Accelerator, and full weights for every `save_model`."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ class DistributedParallelMixin(TrainerHooks):
             state_dict = self.parts.state_dict(self.model)
         if self.args.should_save:
             folder = output_dir or self.args.output_dir
-            self.accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=state_dict)
+            with self.parts.evaluation_weights(self.optimizer):
+                self.accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=state_dict)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)

@@ -49,10 +49,19 @@ class Offloading(Protocol):
     def __call__(self, *, parameters: Iterable[Tensor]) -> AbstractContextManager[Any]: ...
 
 
+class FoundCheckpoint(Protocol):
+    """What a search for a checkpoint found (`runtime.checkpoint.NewestCheckpoint`)."""
+
+    @property
+    def path(self) -> Path | None: ...
+
+
 class Checkpoints(Protocol):
     """Atomic checkpoint folders with their weights and optimizer state."""
 
-    def write(self, step: int, best_step: int | None, extra: dict[str, Any]) -> AbstractContextManager[Path | None]: ...
+    def write(
+        self, step: int, best_step: int | None, extra: dict[str, Any], *, keep: bool
+    ) -> AbstractContextManager[Path | None]: ...
 
     def save_weights(self, folder: Path, model: nn.Module) -> None: ...
 
@@ -63,6 +72,8 @@ class Checkpoints(Protocol):
     def load_optimizer(self, folder: Path, model: nn.Module, optimizer: Optimizer) -> None: ...
 
     def path(self, step: int) -> Path: ...
+
+    def newest_complete(self) -> FoundCheckpoint: ...
 
 
 class Meter(Protocol):

@@ -39,9 +39,17 @@ class Progress:
 def load_progress(checkpoint: str, name: str, plan: PlanLike | None) -> dict[str, Any]:
     """Read a checkpoint's progress; raises CheckpointError when it followed another plan."""
     saved: dict[str, Any] = json.loads(Path(checkpoint, name).read_text())
-    if plan is not None and saved["plan"] != plan.fingerprint:
+    if plan is None:
+        return saved
+    if saved["plan"] != plan.fingerprint:
         raise CheckpointError(
             f"{checkpoint}: was trained on another plan (data, packing, global batch or seed differ), so continuing "
             "here would repeat and omit samples. Resume with the original settings, or start anew from its weights."
+        )
+    if saved["total_steps"] != plan.total_steps:
+        raise CheckpointError(
+            f"{checkpoint}: was written by a run of {saved['total_steps']:,} steps, this one has {plan.total_steps:,}, "
+            "so its learning rates up to there would be others. Resume with the original number of steps, or start a "
+            "new run from its weights (`base_model`)."
         )
     return saved

@@ -13,6 +13,7 @@ from transformers import Trainer, set_seed
 from transformers.trainer_callback import DefaultFlowCallback, ExportableState, PrinterCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
+from eft.core.errors import CheckpointError
 from eft.trainer.checkpoint import PROGRESS_FILE, CheckpointSaveMixin
 from eft.trainer.flow import Flow, FlowCallback, make_flow
 from eft.trainer.offloading import ActivationOffloadingMixin
@@ -59,6 +60,7 @@ class EftTrainer(
         self._split_sums: dict[str, tuple[float, float]] = {}
         """(Σ weight · NLL, Σ weight) of the last evaluation of each split, by metric prefix."""
         super().__init__(**kwargs)
+        self._evaluates_on_start = bool(self.args.eval_on_start)
         self.remove_callback(DefaultFlowCallback)
         self.remove_callback(PrinterCallback)
         # First, so that every other callback sees what is due at this step.
@@ -72,32 +74,47 @@ class EftTrainer(
             the metrics.
         """
         self.make_plan()
+        checkpoint = self._named_checkpoint(resume_from_checkpoint)
+        # The held-out loss of a resumed run's start is in its log already.
+        self.args.eval_on_start = self._evaluates_on_start and self._has_eval() and checkpoint is None
         # Dropout must not depend on what drew from the generators since the trainer was built.
         set_seed(self.parts.seed)
         self.parts.meter.restore({"tokens": 0, "trained_tokens": 0, "seconds": 0.0})
         try:
-            output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
         finally:
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, Holder):
                     callback.release()
-        if resume_from_checkpoint and output.global_step == self._initial_global_step:
+        if checkpoint is not None and output.global_step == self._initial_global_step:
             # Nothing was left to train, so `_run_epoch` restored nothing.
-            named = isinstance(resume_from_checkpoint, str)
-            folder = resume_from_checkpoint if named else self.parts.checkpoint.path(output.global_step)
-            self._restore_progress(str(folder))
+            self._restore_progress(checkpoint)
         self.totals = self.parts.meter.state()
         # `_tr_loss` holds what an early exit left unlogged.
         self.progress.add(float(self._tr_loss), output.global_step)
         mean = self.progress.mean_loss(output.global_step)
         return TrainOutput(output.global_step, mean, {**output.metrics, "train_loss": mean})
 
+    def _named_checkpoint(self, wanted: str | bool | None) -> str | None:
+        """The folder to resume from; True: the newest checkpoint in `output_dir` that is complete."""
+        if wanted is not True:
+            return str(wanted) if wanted else None
+        newest = self.parts.checkpoint.newest_complete().path
+        if newest is None:
+            raise CheckpointError(
+                f"resume_from_checkpoint: true, but {self.args.output_dir} holds no complete checkpoint with an "
+                "optimizer's state"
+            )
+        return str(newest)
+
+    def _has_eval(self) -> bool:
+        return self.eval_dataset is not None and len(self.eval_dataset) > 0
+
     def make_plan(self) -> PlanLike:
         """The plan for what is assigned to `train_dataset` now; made anew when that has changed."""
         plan = self.parts.packing.make_plan(self.train_dataset, self.total_num_steps)
         self.args.max_steps = plan.total_steps
-        has_eval = self.eval_dataset is not None and len(self.eval_dataset) > 0
-        self.flow_callback.follow(plan, make_flow(self.parts.flow, plan.epoch_ends, plan.total_steps, has_eval))
+        self.flow_callback.follow(plan, make_flow(self.parts.flow, plan.epoch_ends, plan.total_steps, self._has_eval()))
         self.plan = plan
         self.progress = Progress()
         return plan
@@ -153,6 +170,8 @@ class EftTrainer(
         steps_trained_in_current_epoch: int,
     ) -> None:
         """Upstream's loop over our one loader, after restoring what upstream forgets on resume."""
+        if self.control.should_training_stop:
+            return  # a callback found at the start that the run was over when the checkpoint was written
         if resume_from_checkpoint is not None:
             self._restore_progress(resume_from_checkpoint)
         super()._run_epoch(
@@ -178,6 +197,7 @@ class EftTrainer(
             "window_start": self._globalstep_last_logged,
             "meter": self.parts.meter.state(),
             "plan": self.plan.fingerprint if self.plan is not None else "",
+            "total_steps": self.plan.total_steps if self.plan is not None else 0,
         }
 
     def _restore_progress(self, checkpoint: str) -> None:
@@ -186,6 +206,9 @@ class EftTrainer(
         self._tr_loss += saved["window_loss"]
         self._globalstep_last_logged = saved["window_start"]
         self.parts.meter.restore(saved["meter"])
+
+    def _load_callback_state(self) -> None:
+        """Put the stateful callbacks back to where they were, before they hear that the training begins."""
         for callback in self._stateful_callbacks():
             stored = self.state.stateful_callbacks.get(type(callback).__name__)
             if isinstance(stored, dict):
@@ -204,6 +227,8 @@ class EftTrainer(
         if "loss" in logs:
             steps = self.state.global_step - self.progress.steps
             self.progress.add(logs["loss"] * steps, self.state.global_step)
+            # Upstream subtracts the sum from itself, which leaves NaN where it was not finite.
+            self._tr_loss.zero_()
             logs.update(self.parts.meter.rates())
         logs.setdefault("time", self.parts.meter.state()["seconds"])
         super().log(logs, start_time)
@@ -244,7 +269,7 @@ class EftTrainer(
         device = self.args.device
         total = torch.zeros((), dtype=torch.float64, device=device)
         weight = 0.0
-        with self.parts.meter.paused(), self.parts.evaluation_weights(self._evaluated_optimizer()):
+        with self.parts.meter.paused(), self.parts.evaluation_weights(self.optimizer):
             for batch in dataloader:
                 inputs = self._prepare_inputs(batch)
                 with torch.no_grad():
@@ -265,9 +290,6 @@ class EftTrainer(
         if not self.accelerator._models and model is self.model:
             model = self.accelerator.prepare_model(model, evaluation_mode=True)
         return model.eval()
-
-    def _evaluated_optimizer(self) -> Any:
-        return None if self.optimizer is None else self.plain_optimizer()
 
 
 def _mean_metrics(prefix: str, nll: float, weight: float) -> dict[str, float]:
