@@ -5,6 +5,8 @@
 #   make test         the tests that CI runs
 #   make test-all     every test: also the full matrices, and those for an accelerator where there is one
 #   make faults       kill -9 a training run 50 times at random moments, compare with the run nobody touched
+#   make families     audit every causal-LM family for leaks between packed documents, write docs/families.md
+#   make bench        a training step, the host's part of it and start-up beside the peers, written to docs/benchmarks.md
 #   make check        style, types, layers, generated docs
 #   make clean        remove the set-up and everything generated
 #
@@ -25,7 +27,7 @@ COMPAT := $(wildcard compat/axolotl/pyproject.toml)
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/pytest -n $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all faults check clean
+.PHONY: help quickstart test test-all faults families bench check clean
 
 help:
 	@sed -n 's/^#   make/  make/p' Makefile
@@ -41,6 +43,14 @@ test-all: $(VENV)/.installed
 
 faults: $(VENV)/.installed
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.faults.kill_and_resume --count 50
+
+families: $(VENV)/.installed
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.families.audit --write >/dev/null
+
+bench: $(VENV)/.installed
+	TORCH_ARGS="$(TORCH_ARGS)" $(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/host.py
+	$(BIN)/python benchmarks/startup.py
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

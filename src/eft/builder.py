@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,7 +12,9 @@ from typing import Any
 
 from peft import PeftModel
 from rich.console import Console
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
+from torch.optim import Optimizer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from eft.callbacks import CallbackContext, RunOutcome, build_callbacks
 from eft.config.identity import identity_hash
@@ -24,20 +26,33 @@ from eft.core.records import PromiseResult
 from eft.data.batches import BatchSource
 from eft.data.collators import Collator, PackedCollator, PaddedCollator
 from eft.loss.head import trainable_token_loss
-from eft.models.adapters import enable_gradient_flow, set_dtypes
+from eft.loss.linear import head_loss
+from eft.loss.objectives import Objective
+from eft.loss.router import load_balance
+from eft.models.adapters import set_dtypes
 from eft.models.attention import BoundarySupport, install_attention, packing_support
-from eft.models.forward import TrainedLogits
+from eft.models.checkpointing import checkpointing_of, set_checkpointing
+from eft.models.compile import check_compiler, compile_layers, without_compilation
+from eft.models.forward import TrainedLogits, TrainedLoss
+from eft.models.kernels import InstalledLiger, check_liger, use_liger, wanted_kernels
 from eft.models.load import describe_model
+from eft.models.loss_head import find_loss_head
 from eft.models.probes import boundary_probe, select_logits_kwargs
+from eft.models.router_logits import find_router_loss
 from eft.optim.averaging import evaluation_weights
+from eft.optim.in_backward import UpdatesInBackward, check_updates_in_backward
 from eft.optim.optimizers import build_optimizer
 from eft.optim.schedulers import build_scheduler
 from eft.parallel.plan import BatchPlan, batch_of
+from eft.preflight import preflight_is_wanted, preflight_of
+from eft.preflight.callback import Preflight
 from eft.runtime.checkpoint import CheckpointStore
 from eft.runtime.env import Environment, Precision, resolve_precision
+from eft.runtime.memory import HostMemory
 from eft.runtime.metrics import Throughput
 from eft.runtime.offload import activation_offloading
-from eft.runtime.rng import load_rng, save_rng
+from eft.runtime.rng import add_rng, load_rng
+from eft.trainer.in_backward import AttachUpdates
 from eft.trainer.parts import FlowRules, TrainerParts
 from eft.trainer.trainer import EftTrainer
 from eft.trainer.training_args import build_training_arguments, set_tracker_environment
@@ -133,20 +148,25 @@ class HFCausalTrainerBuilder:
         require_trackers(config)
         precision = resolve_precision(config, self.environment)
         batch = batch_of(config, self.environment.world_size)
-        set_dtypes(self.model)
-        if config.gradient_checkpointing:
-            options = config.gradient_checkpointing_kwargs or {}
-            enable_gradient_flow(self.model, use_reentrant=bool(options.get("use_reentrant", False)))
+        check_compiler(config, self.environment.device)
+        check_liger(config, self.environment.device)
+        set_dtypes(self.model, pure_bf16=precision.pure, fp32_gradients=batch.accumulation > 1)
+        set_checkpointing(self.model, checkpointing_of(config))
         set_tracker_environment(config)
-        support = self._install_attention(precision)
+        with without_compilation():
+            support = self._install_attention(precision)
+            loss, evaluation_loss = self._losses(support, precision)
+        self._install_kernels()
+        parts = self._parts(support, batch, loss, evaluation_loss)
+        first = self._first_callbacks(parts, batch)
         trainer = self.trainer_class(
-            self._parts(support, batch),
+            parts,
             total_num_steps=total_num_steps or None,
             model=self.model,
             args=build_training_arguments(
                 config,
                 accumulation=batch.accumulation,
-                compute_dtype=precision.compute_dtype,
+                compute_dtype=precision.autocast_dtype,
                 device_type=self.environment.device.type,
                 max_steps=config.max_steps or total_num_steps,
                 has_eval=self._may_evaluate(),
@@ -154,10 +174,22 @@ class HFCausalTrainerBuilder:
             train_dataset=self.train_dataset,
             eval_dataset=PlaceholderDataset() if self.eval_dataset is None else self.eval_dataset,
             processing_class=self.tokenizer,
-            callbacks=list(build_callbacks(config, self._context())),
+            callbacks=[*first, *build_callbacks(config, self._context())],
         )
         trainer.outcome = self.outcome
+        for callback in first:
+            if isinstance(callback, Preflight):
+                callback.trainer = trainer
         return trainer
+
+    def _first_callbacks(self, parts: TrainerParts, batch: BatchPlan) -> list[TrainerCallback]:
+        """What happens when a training begins, before all else: hooks of the optimizer, then the preflight."""
+        callbacks: list[TrainerCallback] = []
+        if isinstance(parts.optimizer, UpdatesInBackward):
+            callbacks.append(AttachUpdates(parts.optimizer))
+        if preflight_is_wanted(self.config, self.environment):
+            callbacks.append(preflight_of(self.config, self.environment, batch, parts, self.console))
+        return callbacks
 
     def _check_adapter(self) -> None:
         if self.config.adapter is not None and not isinstance(self.model, PeftModel):
@@ -172,7 +204,13 @@ class HFCausalTrainerBuilder:
         config = self.config
         install_attention(self.model, config.attn_implementation)
         autocast = precision.compute_dtype if precision.autocast else None
-        support = packing_support(self.model, autocast_dtype=autocast)
+        rows = max(config.micro_batch_size, config.eval_batch_size or 0)
+        support = packing_support(
+            self.model,
+            autocast_dtype=autocast,
+            longest_document=config.sequence_len,
+            longest_row=config.sequence_len * rows,
+        )
         if config.sample_packing:
             if support.mode == "refused":
                 raise ModelError(
@@ -183,29 +221,86 @@ class HFCausalTrainerBuilder:
         logger.info("document boundaries: %s (%s)", support.mode, support.reason)
         return support
 
+    def _losses(self, support: BoundarySupport, precision: Precision) -> tuple[TrainedLoss, TrainedLoss]:
+        """What is minimised, and what is evaluated; found out by a probe whether the logits can be left out."""
+        config = self.config
+        autocast = precision.compute_dtype if precision.autocast else None
+        head, reason = find_loss_head(self.model, head_loss, autocast_dtype=autocast)
+        logger.info("loss: %s (%s)", "from logits" if head is None else "without logits", reason)
+        forward = TrainedLogits(support, select_logits_kwargs(self.model))
+        objective = Objective(label_smoothing=config.label_smoothing_factor, z_loss=config.z_loss_weight)
+        checkpointing = checkpointing_of(config)
+        router = find_router_loss(
+            self.model,
+            load_balance,
+            config.router_aux_loss_coef,
+            support,
+            reentrant=checkpointing is not None and checkpointing.use_reentrant,
+            compiled=config.torch_compile,
+            autocast_dtype=autocast,
+        )
+        minimised = TrainedLoss(
+            forward,
+            head,
+            partial(head_loss, objective=objective),
+            partial(trainable_token_loss, objective=objective),
+            router,
+        )
+        return minimised, TrainedLoss(forward, head, head_loss, trainable_token_loss)
+
+    def _install_kernels(self) -> None:
+        """Liger's kernels where they are wanted, and compiled layers."""
+        if wanted_kernels(self.config):
+            self.model.to(self.environment.device)
+            self.outcome.promises.extend(use_liger(self.model, self.config, InstalledLiger()))
+        compile_layers(self.model, self.config, recomputed=self.config.gradient_checkpointing)
+
     def _may_evaluate(self) -> bool:
         config = self.config
         return self.eval_dataset is not None or config.val_set_size > 0 or config.test_datasets is not None
 
-    def _parts(self, support: BoundarySupport, batch: BatchPlan) -> TrainerParts:
+    def _parts(
+        self, support: BoundarySupport, batch: BatchPlan, loss: TrainedLoss, evaluation_loss: TrainedLoss
+    ) -> TrainerParts:
         config = self.config
         rank, world_size = self.environment.rank, self.environment.world_size
         return TrainerParts(
             packing=self._batches(support, batch),
-            forward=TrainedLogits(support, select_logits_kwargs(self.model)),
-            loss=trainable_token_loss,
+            forward=loss.forward,
+            loss=loss,
+            evaluation_loss=evaluation_loss,
             scheduler=partial(build_scheduler, config),
-            optimizer=partial(build_optimizer, config),
+            optimizer=self._optimizer(batch),
             evaluation_weights=evaluation_weights,
-            save_rng=partial(save_rng, rank=rank, world_size=world_size),
+            add_rng=partial(add_rng, rank=rank, world_size=world_size),
             load_rng=partial(load_rng, rank=rank, world_size=world_size),
-            checkpoint=CheckpointStore(Path(config.output_dir), save_total_limit=config.save_total_limit or None),
-            offloading=partial(activation_offloading, config.activation_offloading, self.environment.device),
+            checkpoint=CheckpointStore(
+                Path(config.output_dir),
+                save_total_limit=config.save_total_limit or None,
+                asynchronous=config.save_asynchronously,
+            ),
+            offloading=partial(
+                activation_offloading,
+                config.activation_offloading,
+                self.environment.device,
+                host_limit=HostMemory().available() // 2,
+            ),
             meter=Throughput(),
             flow=flow_rules(config),
             seed=config.seed,
             fingerprint=identity_hash(config),
+            has_gradient_norm=not config.optimizer_in_backward,
         )
+
+    def _optimizer(self, batch: BatchPlan) -> Callable[[nn.Module], Optimizer]:
+        """What makes the optimizer, once the model is where it will be trained."""
+        config = self.config
+        bf16_update = config.bf16_update if config.bfloat16 else None
+        build = partial(build_optimizer, config, bf16_update=bf16_update, seed=config.seed)
+        if not config.optimizer_in_backward:
+            return build
+        check_updates_in_backward(batch.accumulation, self.environment.world_size)
+        return UpdatesInBackward(build)
 
     def _batches(self, support: BoundarySupport, batch: BatchPlan) -> BatchSource:
         config = self.config
@@ -217,6 +312,9 @@ class HFCausalTrainerBuilder:
             packed=config.sample_packing,
             eval_packed=eval_packing and support.mode != "refused",
             sequential=config.sample_packing_sequentially,
+            strategy=config.sample_packing_strategy,
+            bin_samples=config.sample_packing_bin_size,
+            balance_buffer=config.balance_buffer_steps,
             shuffle=not config.curriculum_sampling,
             seed=config.seed,
             num_epochs=config.num_epochs,

@@ -24,6 +24,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 from eft.config.root import TrainConfig
 from eft.core.errors import PromiseBroken
 from eft.core.records import PromiseResult
+from eft.models.compile import CompileCounts
 from eft.models.probes import TrainedTensorAudit
 from eft.optim.optimizers import silent_steps
 from eft.optim.schedulers import warmup_of
@@ -33,6 +34,10 @@ logger = logging.getLogger(__name__)
 
 AUDIT_STEP = 3
 """LoRA's A factor has no gradient while B is zero, so one step is too early to expect every tensor to have moved."""
+
+
+COMPILED_BY = 10
+"""By this step of a run the rows have shown what they are like, and nothing should be compiled any more."""
 
 
 @dataclass
@@ -265,6 +270,48 @@ class Profiler(TrainerCallback):
         self.first = -1
 
 
+class CompileReport(TrainerCallback):
+    """Says what `torch_compile` has compiled, and warns when it does not come to an end."""
+
+    def __init__(self, config: TrainConfig, context: CallbackContext) -> None:
+        self.console = context.console
+        self.start = self.last = CompileCounts.now()
+        self.first_step = 0
+        self.is_over = False
+        """Whether a warning was given; one is enough."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count from here."""
+        self.start = self.last = CompileCounts.now()
+        self.first_step, self.is_over = state.global_step, False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Print the counts once the first rows are through; later ones should not change them."""
+        done, now = state.global_step - self.first_step, CompileCounts.now()
+        if done in (1, COMPILED_BY) or (state.global_step == args.max_steps and done < COMPILED_BY):
+            self._say(state.global_step, now.since(self.start))
+        elif done > COMPILED_BY and now.graphs > self.last.graphs and not self.is_over:
+            self.is_over = True
+            logger.warning(
+                "torch_compile: still compiling at step %d (%d graphs since step %d); TORCH_LOGS=recompiles shows why",
+                state.global_step,
+                now.since(self.start).graphs,
+                self.first_step,
+            )
+        self.last = now
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Evaluation has graphs of its own, without gradients."""
+        self.last = CompileCounts.now()
+
+    def _say(self, step: int, counts: CompileCounts) -> None:
+        breaks = counts.breaks.total()
+        text = f"torch_compile: {counts.graphs} graphs, {breaks} graph breaks after step {step:,}"
+        logger.info("%s%s", text, "".join(f"; {reason}" for reason in counts.breaks))
+        if self.console is not None:
+            self.console.print(text, highlight=False)
+
+
 class StartChecks(TrainerCallback):
     """At the first step: every key the user set was read (E8). After step 3: what should train trains, nothing else."""
 
@@ -297,8 +344,18 @@ class StartChecks(TrainerCallback):
         if state.global_step < self.certain_at and result.numbers["moved"] == 0 and self._is_rounded(model, optimizer):
             self.audit_at = self.certain_at
             return
+        if result.status == "fail" and self.config.bfloat16 and result.numbers["moved"] == 0:
+            result = self._kept_in_fp32(result, model, optimizer)
         self.audit = None
         self._record(result)
+
+    def _kept_in_fp32(self, result: PromiseResult, model: Any, optimizer: Any) -> PromiseResult:
+        """In bf16 a tensor may take long to show its first update; none is lost meanwhile (`bf16_update`)."""
+        if not self._is_rounded(model, optimizer):
+            return result
+        idle = int(result.numbers["idle"])
+        detail = f"{idle} of {int(result.numbers['trainable'])} tensors were updated by less than a bf16 step so far"
+        return PromiseResult(result.promise, result.title, "pass", detail, result.numbers)
 
     def _is_rounded(self, model: Any, optimizer: Any) -> bool:
         """Whether some tensors did get gradients, only that their updates were below the last bit of their weights."""
@@ -318,6 +375,7 @@ Factory = Callable[[TrainConfig, CallbackContext], TrainerCallback]
 CALLBACKS: tuple[tuple[Callable[[TrainConfig, CallbackContext], bool], Factory], ...] = (
     (lambda config, context: True, StartChecks),
     (lambda config, context: True, StopOnSignal),
+    (lambda config, context: config.torch_compile, CompileReport),
     (lambda config, context: config.loss_watchdog_threshold is not None, LossWatchdog),
     (
         lambda config, context: config.early_stopping_patience is not None,

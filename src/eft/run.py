@@ -25,13 +25,16 @@ from eft.core import constants
 from eft.core.atomic import write_json, write_text
 from eft.core.errors import ConfigError, PromiseBroken
 from eft.core.records import PromiseResult
-from eft.data.chat_template import resolve_template, stop_token_of
+from eft.data.chat_template import stop_token_of, template_of
 from eft.data.dataset_meta import DatasetMeta
 from eft.data.entry import Progress
 from eft.data.plan import Plan, build_plan
 from eft.data.prepare import prepare_datasets
 from eft.models.adapters import apply_adapter, apply_freezing
+from eft.models.compile import check_compiler
+from eft.models.cost import attention_cost_ratio
 from eft.models.export import check_saved_tensors, export_model, verify_export
+from eft.models.kernels import check_liger
 from eft.models.load import load_model
 from eft.models.tokenizer import load_tokenizer, resize_embeddings
 from eft.optim.schedulers import schedule_options
@@ -52,8 +55,9 @@ OnStart = Callable[[Rows, DatasetMeta], None]
 def prepare_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
     """The config's tokenizer with the config's chat template, as it trains and as it is exported."""
     tokenizer = load_tokenizer(config)
-    if config.chat_template != "tokenizer_default":
-        tokenizer.chat_template = resolve_template(tokenizer, config.chat_template, config.chat_template_jinja)
+    is_changed = config.chat_template_kwargs or config.chat_template_date is not None
+    if config.chat_template != "tokenizer_default" or is_changed:
+        tokenizer.chat_template = template_of(tokenizer, config)
     return tokenizer
 
 
@@ -98,6 +102,10 @@ def plan_of(config: TrainConfig, dataset: Any, world_size: int) -> Plan:
         num_epochs=config.num_epochs,
         max_steps=config.max_steps,
         seed=config.seed,
+        strategy=config.sample_packing_strategy,
+        bin_samples=config.sample_packing_bin_size,
+        balance_buffer=config.balance_buffer_steps,
+        cost_ratio=0.0 if config.balance_buffer_steps is None else attention_cost_ratio(config),
     )
 
 
@@ -110,7 +118,10 @@ def check_before_start(config: TrainConfig, *, overwrite: bool) -> None:
     check_run_folder(folder_request(config, overwrite))
     require_trackers(config)
     schedule_options(config)
-    batch_of(config, Environment.detect().world_size)
+    environment = Environment.detect()
+    batch_of(config, environment.world_size)
+    check_compiler(config, environment.device)
+    check_liger(config, environment.device)
 
 
 def load_trainable_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:

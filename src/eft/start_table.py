@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from eft.config.root import TrainConfig
+from eft.data.balance import Balance
 from eft.data.dataset_meta import DatasetMeta
 from eft.data.plan import Plan
 from eft.models.probes import dtype_table
+from eft.optim.in_backward import UpdatesInBackward
 from eft.optim.schedulers import learning_rates, schedule_name, warmup_of
+from eft.optim.state_size import gradient_bytes, optimizer_state_bytes
 from eft.parallel.plan import batch_of
 from eft.trainer.flow import Flow
 from eft.trainer.trainer import EftTrainer
@@ -26,10 +29,25 @@ def start_rows(config: TrainConfig, trainer: EftTrainer, meta: DatasetMeta) -> R
     return [*_model_rows(config, trainer), *plan, ("output", config.output_dir)]
 
 
-def plan_rows(config: TrainConfig, plan: Plan, flow: Flow, meta: DatasetMeta, world_size: int) -> Rows:
-    """What can be said without a model."""
+def plan_rows(
+    config: TrainConfig,
+    plan: Plan,
+    flow: Flow,
+    meta: DatasetMeta,
+    world_size: int,
+    balance: Balance | None = None,
+) -> Rows:
+    """What can be said without a model; `balance` is that of several ranks."""
     summary = plan.summary()
-    return [*_data_rows(summary, meta), *_step_rows(config, summary, world_size), *_flow_rows(flow)]
+    idle = [] if balance is None else [("idle", _idle_text(balance))]
+    return [*_data_rows(summary, meta), *_step_rows(config, summary, world_size), *idle, *_flow_rows(flow)]
+
+
+def _idle_text(balance: Balance) -> str:
+    return (
+        f"{100 * balance.idle:.2f} % of the time ranks wait for the slowest of {balance.world_size}; "
+        f"no sharing of these steps could bring it below {100 * balance.least_idle:.2f} %"
+    )
 
 
 def _model_rows(config: TrainConfig, trainer: EftTrainer) -> Rows:
@@ -41,8 +59,41 @@ def _model_rows(config: TrainConfig, trainer: EftTrainer) -> Rows:
         ("model", f"{config.base_model} · {type(trainer.model).__name__}"),
         ("parameters", f"{total:,} · trained {trainable:,} ({100 * trainable / total:.2f} %)"),
         *(("weights", str(row)) for row in dtype_table(trainer.model)),
+        *_arithmetic_rows(config),
+        ("memory", _memory_text(config, trainer)),
         ("device", f"{trainer.args.device} · {_count(trainer.args.world_size, 'process')} · autocast {autocast}"),
     ]
+
+
+def _memory_text(config: TrainConfig, trainer: EftTrainer) -> str:
+    """What stays for the whole run; the preflight measures the activations."""
+    weights = sum(parameter.nbytes for parameter in trainer.model.parameters())
+    gradients = gradient_bytes(trainer.model)
+    state = trainer.parts.optimizer
+    build = state.build if isinstance(state, UpdatesInBackward) else state
+    kept = "one gradient at a time" if config.optimizer_in_backward else f"gradients {_mebibytes(gradients)}"
+    return (
+        f"weights {_mebibytes(weights)} · {kept} · optimizer state "
+        f"{_mebibytes(optimizer_state_bytes(build, trainer.model))} · activations on top"
+    )
+
+
+def _mebibytes(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:,.1f} MiB"
+
+
+def _arithmetic_rows(config: TrainConfig) -> Rows:
+    """How bf16 weights are updated and what is compiled, where that is asked for."""
+    rows = []
+    if config.bfloat16:
+        texts = {
+            "stochastic_rounding": "stochastic rounding of fp32 updates; optimizer state fp32",
+            "fp32_master": "fp32 master weights in the optimizer's state (4 more bytes per trained parameter)",
+        }
+        rows.append(("bf16 update", texts[config.bf16_update]))
+    if config.torch_compile:
+        rows.append(("compiled", f"each decoder layer, by {config.torch_compile_backend}, in the first steps"))
+    return rows
 
 
 def _data_rows(summary: dict[str, Any], meta: DatasetMeta) -> Rows:
@@ -50,7 +101,12 @@ def _data_rows(summary: dict[str, Any], meta: DatasetMeta) -> Rows:
     rows = [
         ("samples", f"{summary['samples_per_epoch']:,} per epoch"),
         ("tokens", f"{tokens:,} per epoch · trained {trained:,} ({100 * trained / tokens:.1f} %)"),
-        ("fill", f"{summary['fill_percent']:.2f} % of bins of {summary['capacity']:,} tokens"),
+        (
+            "fill",
+            f"{summary['fill_percent']:.2f} % of bins of {summary['capacity']:,} tokens, "
+            f"{summary['fill_of_possible_percent']:.2f} % of what any packing could reach",
+        ),
+        ("packing", f"{summary['strategy']}: {summary['strategy_reason']}"),
     ]
     evals = meta.eval_dataset
     if evals is not None:

@@ -12,6 +12,7 @@ from tests.architecture import source_rules as rules
 
 SETTINGS: dict[str, str] = {
     "os.environ": "how trackers and libraries take settings",
+    "torch.backends.mkldnn.matmul.fp32_precision": "fp32 sums of bf16 operands, inside one attention call",
 }
 """Documented settings of other people's modules, each with what it is for. Everything else is a monkeypatch."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any, get_args
 
-from eft.config import data as data_config
+from eft.config import formats as data_config
 from eft.config import optim as optim_config
 from eft.data.formats import FORMATS
 from eft.optim.optimizers import OPTIMIZERS

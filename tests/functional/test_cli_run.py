@@ -166,6 +166,10 @@ def test_plan_counts_without_a_model(eft: Eft, config: Path) -> None:
     one = json.loads(eft("plan", config, "--json", "--world-size", 3, "max_steps=null", "num_epochs=2")[1])
     assert plan["total_steps"] == sum(epoch["steps_executed"] for epoch in plan["epochs"])
     assert one["global_batch_size"] == 3 * plan["global_batch_size"]
+    assert plan["balance"] is None
+    assert 0 <= one["balance"]["least_idle"] <= one["balance"]["idle"] < 1
+    wide = eft("plan", config, "--world-size", 2, "num_epochs=2", "balance_buffer_steps=2")[1]
+    assert "ranks wait for the slowest of 2" in " ".join(wide.split())
     assert plan["saves"] == plan["evaluations"] == [epoch["steps"] * (i + 1) for i, epoch in enumerate(plan["epochs"])]
     text = eft("plan", config)[1]
     assert "learning rate by step" in text

@@ -84,6 +84,7 @@ TOUR: dict[str, dict[str, Any]] = {
         "seed": 1,
         "eval_sample_packing": False,
         "sample_packing_sequentially": True,
+        "sample_packing_bin_size": 3,
         "pad_to_sequence_len": True,
         "curriculum_sampling": True,
         "micro_batch_size": 2,
@@ -102,13 +103,22 @@ TOUR: dict[str, dict[str, Any]] = {
         "cosine_min_lr_ratio": 0.1,
         "cosine_constant_lr_ratio": 0.9,
         "lr_quadratic_warmup": True,
+        "label_smoothing_factor": 0.1,
+        "z_loss_weight": 1e-4,
+        "router_aux_loss_coef": 0.0,
         "gradient_checkpointing": True,
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "gradient_checkpointing_every": 2,
+        "selective_checkpointing": True,
         "activation_offloading": True,
+        "torch_empty_cache_steps": 1,
+        "preflight": True,
         "save_strategy": "steps",
         "save_steps": 2,
         "save_first_step": True,
         "save_total_limit": 2,
+        "save_asynchronously": False,
+        "dataset_processes": 1,
         "auto_resume_from_checkpoints": False,
         "eval_strategy": "steps",
         "eval_steps": 1,
@@ -135,7 +145,10 @@ TOUR: dict[str, dict[str, Any]] = {
         "lr_scheduler": "warmup_stable_decay",
         "lr_scheduler_kwargs": {"num_decay_steps": 2},
         "warmup_ratio": 0.2,
+        "eot_tokens": ["<|im_end|>"],
         "num_epochs": 0.5,
+        "sample_packing_strategy": "dense",
+        "balance_buffer_steps": 2,
         "gradient_accumulation_steps": 1,
         "saves_per_epoch": 1,
         "save_only_model": True,
@@ -149,7 +162,21 @@ TOUR: dict[str, dict[str, Any]] = {
         "trust_remote_code": True,
         "use_tensorboard": True,
     },
-    "chosen weights": {"unfrozen_parameters": ["lm_head"], "max_steps": 1, "dataloader_num_workers": 1},
+    "bf16 weights, compiled layers": {
+        "max_steps": 1,
+        "bf16": "auto",
+        "bfloat16": True,
+        "bf16_update": "fp32_master",
+        "torch_compile": True,
+        "torch_compile_backend": "eager",
+    },
+    "chosen weights": {
+        "unfrozen_parameters": ["lm_head"],
+        "max_steps": 1,
+        "dataloader_num_workers": 1,
+        "optimizer_in_backward": True,
+        "max_grad_norm": 0.0,
+    },
 }
 """Whole runs that together set almost every key to something else than its default."""
 
@@ -157,9 +184,11 @@ NOT_TOURED = {
     "base_model", "datasets", "learning_rate", "output_dir", "dataset_prepared_path", "sequence_len", "sample_packing",
     "verify_saves",  # set in every run here
     "lora_target_linear", "lora_model_dir", "test_datasets", "tokens", "resume_from_checkpoint",  # in other tests
+    "chat_template_kwargs", "chat_template_date",  # in the tests of templates
     "gguf_file", "chat_template_jinja", "tokenizer_config", "revision_of_model", "fp16", "tf32",  # files, hub, CUDA
     "use_wandb", "wandb_project", "wandb_entity", "wandb_name", "use_trackio", "trackio_project_name",
     "trackio_run_name", "use_mlflow", "mlflow_tracking_uri", "mlflow_experiment_name", "mlflow_run_name",  # trackers
+    "torch_compile_mode", "liger_rms_norm", "liger_rope", "liger_glu_activation",  # inductor, CUDA
 }  # fmt: skip
 
 

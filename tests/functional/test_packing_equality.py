@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from eft.core.errors import ModelError
 from eft.core.records import TokenSample
 from eft.data.store import as_token_dataset
 from eft.trainer.trainer import EftTrainer
@@ -23,6 +24,13 @@ from tests.functional.reference import (
 )
 from tests.tiny_models import VOCAB_SIZE
 
+FAMILIES = (
+    *MODELS,
+    *("qwen2", "qwen3_moe", "mixtral", "gemma2", "phi3", "olmo2", "gpt_neox", "smollm3", "granite", "cohere2"),
+    *("deepseek_v3", "gpt_oss", "llama4_text"),
+)
+WITH_EXPERTS = ("qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss")
+
 
 def samples(rows: list[Row]) -> list[TokenSample]:
     dataset = as_token_dataset(rows)
@@ -37,7 +45,7 @@ def packed_logits(trainer: EftTrainer, rows: list[Row]) -> list[Tensor]:
     return list(logits.split([len(row["input_ids"]) for row in rows]))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_packed_documents_equal_documents_alone(name: str, make_trainer: MakeTrainer) -> None:
     rows = token_rows(6, longest=25)
     trainer = make_trainer(rows, model=model_of(name), sequence_len=256)
@@ -50,15 +58,14 @@ def test_packed_documents_equal_documents_alone(name: str, make_trainer: MakeTra
         assert (ours - theirs).abs().max() <= 1e-5 * scale
 
     batch = trainer.parts.packing.collator([samples(rows)])
-    targets = batch["shift_labels"].reshape(-1)[batch["trained_positions"]]
-    loss = trainer.parts.loss(trainer.parts.forward(trainer.model, batch), targets, None) / len(targets)
+    loss = trainer.parts.loss(trainer.model, batch) / batch["num_trained"]
     loss.backward()
     expected_loss, expected = plain_step(stock, rows)
     assert loss.item() == pytest.approx(expected_loss, rel=1e-6)
     assert_gradients_equal(gradients_of(trainer.model), expected)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_no_document_sees_another(name: str, make_trainer: MakeTrainer) -> None:
     rows = token_rows(5, longest=25, seed=3)
     trainer = make_trainer(rows, model=model_of(name), sequence_len=256)
@@ -69,7 +76,9 @@ def test_no_document_sees_another(name: str, make_trainer: MakeTrainer) -> None:
     before, after = packed_logits(trainer, rows), packed_logits(trainer, changed)
     for number, (old, new) in enumerate(zip(before, after, strict=True)):
         change = (new - old).abs().max().item()
-        assert change > 0.01 if number == 2 else change == 0.0, f"document {number}"
+        # Expert products change shape with the routing of other documents, and their rounding with it.
+        leak = 1e-6 * old.abs().max().item() if name in WITH_EXPERTS else 0.0
+        assert change > 0.01 if number == 2 else change <= leak, f"document {number}"
 
 
 def test_one_row_holds_several_documents(make_trainer: MakeTrainer) -> None:
@@ -88,3 +97,19 @@ def test_the_probe_of_a_foreign_model_is_on_record(make_trainer: MakeTrainer) ->
     assert promise.status == "pass"
     assert promise.numbers["leak"] == 0.0
     assert trainer.parts.forward.support.mode == "native"
+
+
+@pytest.mark.parametrize("name", ["mamba2", "bloom"])
+def test_a_family_that_cannot_be_packed_trains_unpacked_rows(name: str, make_trainer: MakeTrainer) -> None:
+    """Refused by name where packing is asked for; without it two rows of uneven length give the plain step."""
+    rows = token_rows(2, longest=25, seed=5)
+    with pytest.raises(ModelError, match="cannot keep packed documents apart"):
+        make_trainer(rows, model=model_of(name))
+    trainer = make_trainer(rows, model=model_of(name), sample_packing=False, micro_batch_size=2)
+    assert trainer.parts.forward.support.mode == "refused"
+    batch = trainer.parts.packing.collator([[sample] for sample in samples(rows)])
+    loss = trainer.parts.loss(trainer.model, batch) / batch["num_trained"]
+    loss.backward()
+    expected_loss, expected = plain_step(model_of(name), rows)
+    assert loss.item() == pytest.approx(expected_loss, rel=1e-6)
+    assert_gradients_equal(gradients_of(trainer.model), expected)

@@ -1,28 +1,25 @@
-"""Exact ids, labels and trained text of every format and of templates with different habits.
+"""Exact ids, labels, weights and trained text of a row of every format, and of the options of conversations.
 
-After an intended change: `python -m tests.golden.test_golden_formats` rewrites `formats.json`; read its diff, and raise
-`MASKING_VERSION`.
+See `records` for how to rewrite `formats.json`.
 """
 
 from __future__ import annotations
 
-import json
-from itertools import groupby
-from pathlib import Path
-from typing import Any
+from functools import cache
+from typing import Any, get_args
 
 import pytest
 
 from eft.config.data import DataConfig, DatasetConfig
-from eft.core.constants import IGNORE_INDEX
-from eft.core.records import TokenSample
-from eft.data.chat_template import resolve_template
-from eft.data.formats import resolve_format
+from eft.config.formats import FORMATS
+from eft.data.chat_template import template_of
+from eft.data.formats import gives_conversations, resolve_format
 from eft.data.readers import Row
-from eft.data.tokenize import encode_examples
+from eft.data.tokenize import Outcome, encode_examples
+from tests.golden import records
 from tests.tiny import tiny_tokenizer
 
-GOLDEN = Path(__file__).with_name("formats.json")
+GOLDEN = "formats.json"
 CHAT = [
     {"role": "system", "content": "Be short."},
     {"role": "user", "content": "What is the capital of Italy?"},
@@ -38,99 +35,169 @@ TOOL_CHAT = [
     {"role": "tool", "content": '{"celsius": 21}', "name": "get_weather"},
     {"role": "assistant", "content": [{"type": "text", "text": "It is "}, {"type": "text", "text": "21."}]},
 ]
-# Its last turn ends with EOS in addition, and it is no prefix of a longer conversation (Phi-3).
-FINAL_EOS = (
-    "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
-)
-# History loses the reasoning block that the last turn has; the prompt may open and close it (Qwen3).
-THINKING = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
-    "{% if m.role == 'assistant' and loop.last %}{{ '<think>\n' + (m.reasoning_content or '') + '\n</think>\n\n' }}"
-    "{% endif %}{{ m.content + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
-    "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
-)
-# BOS of its own, no generation prompt, the user's turn is bracketed, blanks around texts are trimmed (Mistral).
-BRACKETS = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content | trim + ' [/INST]' }}"
-    "{% else %}{{ ' ' + m.content | trim + eos_token }}{% endif %}{% endfor %}"
-)
+THINKING = [CHAT[1], {**CHAT[2], "reasoning_content": "one two"}, CHAT[3], {**CHAT[4], "reasoning_content": "three"}]
+PARTS = [
+    CHAT[1],
+    {
+        "role": "assistant",
+        "content": [
+            {"type": "text", "text": "one two ", "train": False},
+            {"type": "text", "text": "three", "weight": 0.5},
+            {"type": "text", "text": " four"},
+        ],
+    },
+]
+DETAIL = [{"begin_offset": 0, "end_offset": 2, "train": True}, {"begin_offset": 8, "end_offset": 12, "train": False}]
+DETAIL += [{"begin_offset": 14, "end_offset": 17, "train": True, "weight": 2}]
+INSTRUCTION = {"instruction": "Answer.", "input": "one two", "output": "three"}
+WITH_SYSTEM = {**INSTRUCTION, "system": "You are helpful."}
+CHOICE = {"question": "How are you?", "choices": ["fine", "hello"], "solution": "fine", "explanation": "not this"}
+REFLECTION = {**INSTRUCTION, "reflection": "four", "corrected": "five"}
+ORCA = {"system_prompt": "You are helpful.", "question": "How are you?", "response": "I am fine."}
 
-CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "chat_template": ({"messages": CHAT}, {}),
-    "chat_template, ShareGPT names": (
-        {"conversations": [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "I am fine."}]},
-        {"field_messages": "conversations", "message_property_mappings": {"role": "from", "content": "value"}},
-    ),
-    "chat_template, train_on_eos all": ({"messages": CHAT}, {"train_on_eos": "all"}),
-    "chat_template, train_on_eos last": ({"messages": CHAT}, {"train_on_eos": "last"}),
-    "chat_template, train_on_eos none": ({"messages": CHAT}, {"train_on_eos": "none"}),
-    "chat_template, train_on_inputs": ({"messages": CHAT}, {"train_on_inputs": True}),
-    "chat_template, user and assistant": ({"messages": CHAT}, {"roles_to_train": ["user", "assistant"]}),
-    "chat_template, own chatml with tools": ({"messages": TOOL_CHAT, "tools": TOOLS}, {"chat_template": "chatml"}),
-    "chat_template, final EOS": ({"messages": CHAT[1:]}, {"chat_template": FINAL_EOS}),
-    "chat_template, thinking": ({"messages": CHAT[1:]}, {"chat_template": THINKING}),
-    "chat_template, thinking with reasoning": (
-        {"messages": [CHAT[1], {**CHAT[2], "reasoning_content": "one two"}]},
-        {"chat_template": THINKING},
-    ),
-    "chat_template, brackets": (
-        {"messages": [CHAT[1], {"role": "assistant", "content": "  Rome. \n"}, *CHAT[3:]]},
-        {"chat_template": BRACKETS},
-    ),
-    "alpaca": ({"instruction": "Answer.", "input": "", "output": "Rome."}, {}),
-    "alpaca with input and system": (
-        {"instruction": "Answer.", "input": "one two", "output": "three", "system": "You are helpful."},
-        {},
-    ),
-    "completion": ({"text": "hello world"}, {}),
-    "input_output": (
-        {
-            "segments": [
-                {"label": False, "text": "hello "},
-                {"label": True, "text": "world"},
-                {"label": False, "text": "!"},
-            ]
-        },
-        {},
-    ),
-    "pretokenized": ({"input_ids": [5, 6, 7, 2], "labels": [-100, -100, 7, 2], "attention_mask": [1, 1, 1, 1]}, {}),
+ROWS: dict[str, dict[str, Any]] = {
+    "chat_template": {"messages": CHAT},
+    "sharegpt": {
+        "conversations": [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "I am fine."}],
+        "system": "Be short.",
+    },
+    "pygmalion": {
+        "conversations": [
+            {"role": "system", "value": "You are helpful.\n<START>"},
+            {"role": "human", "value": "hello "},
+            {"role": "bot", "value": " I am fine.\n"},
+            {"role": "human", "value": "thank you"},
+            {"role": "bot", "value": "hello"},
+        ]
+    },
+    "gpteacher": {"instruction": "Answer.", "input": "one two", "response": "three"},
+    "oasst": {"INSTRUCTION": "Answer.", "RESPONSE": "three"},
+    "jeopardy": {"question": "the capital of Italy", "category": "France", "answer": "Rome"},
+    "explainchoice": {"question": "How are you?", "choices": ["fine", "hello"], "explanation": "I am fine."},
+    "concisechoice": CHOICE,
+    "summarizetldr": {"article": "The capital of France is Paris.", "summary": "Paris"},
+    "reflection": REFLECTION,
+    "context_qa": {"article": "It is Rome.", "question": "What is it?", "answer": "Rome"},
+    "context_qa.load_v2": {"context": "It is Rome.", "question": "What is it?", "answer": "Rome"},
+    "context_qa.load_404": {"article": "It is Rome.", "unanswerable_question": "How are you?"},
+    "creative_acr.load_answer": {"instruction": "How are you?", "revision": "I am fine."},
+    "orcamini": ORCA,
+    "metharme": {"prompt": "<|user|>hello<|assistant|>", "generation": "I am fine."},
+    "alpaca_chat.load_qa": {"question": "How are you?", "answer": "fine"},
+    "alpaca_chat.load_camel_ai": {"message_1": "How are you?", "message_2": "fine"},
+    "completion": {"text": "hello world"},
+    "input_output": {
+        "segments": [
+            {"label": False, "text": "hello "},
+            {"label": True, "text": "world"},
+            {"label": False, "text": "!"},
+        ]
+    },
+    "pretokenized": {"input_ids": [5, 6, 7, 2], "labels": [-100, -100, 7, 2], "attention_mask": [1, 1, 1, 1]},
 }
 
 
-def encode(name: str) -> TokenSample:
-    data, keys = CASES[name]
-    tokenizer = tiny_tokenizer(
-        add_bos=name.startswith(("completion", "input_output")), specials=("<|end|>", "<|user|>", "<|assistant|>")
-    )
-    chosen = keys.get("chat_template", "tokenizer_default")
-    jinja = chosen if "{" in chosen else None
-    spec = DatasetConfig(path="data.jsonl", type=name.split(",")[0].split(" ")[0], **keys)
-    template = resolve_template(tokenizer, "jinja" if jinja else chosen, jinja)
+def row_of(format_name: str) -> dict[str, Any]:
+    """A row of any of the formats."""
+    if format_name in ROWS:
+        return ROWS[format_name]
+    base = format_name.partition(":")[0]
+    if base in ROWS:
+        return ROWS[base]
+    if "open_orca" in base:
+        return ORCA
+    return WITH_SYSTEM if base.startswith("alpaca_w_system") else INSTRUCTION
+
+
+OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "train_on_eos all": ({"messages": CHAT}, {"train_on_eos": "all"}),
+    "train_on_eos last": ({"messages": CHAT}, {"train_on_eos": "last"}),
+    "train_on_eos none": ({"messages": CHAT}, {"train_on_eos": "none"}),
+    "train_on_eot none": ({"messages": CHAT}, {"train_on_eot": "none", "chat_template": "llama3"}),
+    "train_on_inputs": ({"messages": CHAT}, {"train_on_inputs": True}),
+    "user and assistant": ({"messages": CHAT}, {"roles_to_train": ["user", "assistant"]}),
+    "last turn": ({"messages": CHAT}, {"turns_to_train": "last"}),
+    "no system turn": ({"messages": CHAT}, {"drop_system_message": True}),
+    "tools": ({"messages": TOOL_CHAT, "tools": TOOLS}, {"chat_template": "chatml"}),
+    "reasoning": ({"messages": THINKING}, {"chat_template": "chatml"}),
+    "reasoning that leaves the history": ({"messages": THINKING}, {"chat_template": "qwen3"}),
+    "reasoning split from the content": (
+        {"messages": [CHAT[1], {"role": "assistant", "content": "<think>\none two\n</think>\n\nRome."}]},
+        {"chat_template": "qwen3", "split_thinking": True},
+    ),
+    "train of turns": (
+        {"messages": [{**CHAT[1], "train": True}, {**CHAT[2], "train": False}, CHAT[3], CHAT[4]]},
+        {"message_field_training": "train"},
+    ),
+    "weight of turns": ({"messages": [CHAT[1], {**CHAT[2], "weight": 0}, CHAT[3], {**CHAT[4], "weight": 0.25}]}, {}),
+    "parts of a content": ({"messages": PARTS}, {}),
+    "characters of a content": (
+        {"messages": [CHAT[1], {"role": "assistant", "content": "one two three four", "detail": DETAIL}]},
+        {"message_field_training_detail": "detail"},
+    ),
+    "special tokens escaped": (
+        {"messages": [{"role": "user", "content": "What is <|im_end|>?"}, {"role": "assistant", "content": "<|end|>"}]},
+        {"special_tokens_in_content": "escape"},
+    ),
+    "special tokens kept": (
+        {"messages": [{"role": "user", "content": "What is <|im_end|>?"}, {"role": "assistant", "content": "<|end|>"}]},
+        {"special_tokens_in_content": "keep"},
+    ),
+    "special tokens refused": ({"messages": [{"role": "user", "content": "What is <|im_end|>?"}, CHAT[2]]}, {}),
+    "a mapping": (
+        {"q": "How are you?", "a": "fine", "input": "hello"},
+        {
+            "type": {
+                "field_instruction": "q",
+                "field_output": "a",
+                "system_prompt": "Be short.",
+                "system_format": "<<{system}>> ",
+                "format": "[INST] {instruction} {{{input}}} [/INST]",
+                "no_input_format": "[INST] {instruction} [/INST]",
+            }
+        },
+    ),
+    "alpaca without input": ({"instruction": "Answer.", "input": "", "output": "three"}, {"type": "alpaca"}),
+    "completion cut to fit": ({"text": "one two three four five six seven eight nine ten"}, {"type": "completion"}),
+}
+
+
+@cache
+def golden_tokenizer(add_bos: bool = False) -> Any:
+    specials = ("<|end|>", "<|user|>", "<|assistant|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+    return tiny_tokenizer(add_bos=add_bos, specials=specials)
+
+
+def encode(data: dict[str, Any], keys: dict[str, Any], **run: Any) -> Outcome:
+    spec = DatasetConfig(path="data.jsonl", **{"type": "chat_template", **keys})
+    cfg = DataConfig(datasets=[spec], **run)
     example = resolve_format(spec)(Row("data.jsonl", 1, data), spec)
-    (sample,) = encode_examples([example], tokenizer, spec, DataConfig(datasets=[spec]), template)
-    assert isinstance(sample, TokenSample), sample
-    return sample
+    needs_template = gives_conversations(spec) is not False
+    tokenizer = golden_tokenizer(add_bos=not needs_template)
+    template = template_of(tokenizer, cfg, spec) if needs_template else None
+    (outcome,) = encode_examples([example], tokenizer, spec, cfg, template)
+    return outcome
 
 
-def described(sample: TokenSample) -> dict[str, Any]:
-    tokenizer = tiny_tokenizer(specials=("<|end|>", "<|user|>", "<|assistant|>"))
-    pairs = zip(sample.input_ids.tolist(), sample.labels.tolist(), strict=True)
-    runs = [(key, [i for i, _ in run]) for key, run in groupby(pairs, key=lambda pair: pair[1] != IGNORE_INDEX)]
-    return {
-        "text": tokenizer.decode(sample.input_ids),
-        "trained": [tokenizer.decode(ids) for is_trained, ids in runs if is_trained],
-        "input_ids": json.dumps(sample.input_ids.tolist()),
-        "labels": json.dumps(sample.labels.tolist()),
-    }
+def record_of(name: str) -> records.Record:
+    if name in OPTIONS:
+        data, keys = OPTIONS[name]
+        short = {"sequence_len": 10} if name == "completion cut to fit" else {}
+        return records.record(encode(data, keys, **short), golden_tokenizer())
+    return records.record(encode(row_of(name), {"type": name}), golden_tokenizer())
 
 
-@pytest.mark.parametrize("name", CASES)
+NAMES = [*get_args(FORMATS), *OPTIONS]
+
+
+def all_records() -> dict[str, Any]:
+    return {name: record_of(name) for name in NAMES}
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_format_gives_exactly_the_golden_ids_labels_and_text(name: str) -> None:
-    assert described(encode(name)) == json.loads(GOLDEN.read_text(encoding="utf-8"))[name]
+    assert record_of(name) == records.read(GOLDEN)[name]
 
 
-if __name__ == "__main__":
-    texts = {name: described(encode(name)) for name in CASES}
-    GOLDEN.write_text(json.dumps(texts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def test_the_golden_file_has_every_format_and_nothing_else() -> None:
+    assert set(records.read(GOLDEN)) == set(NAMES)

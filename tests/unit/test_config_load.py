@@ -151,7 +151,7 @@ def test_missing_unreadable_and_binary_files(tmp_path: Path) -> None:
         ("optimizer: adamw_bnb_8bit", "use `adamw_torch_fused`"),
         ("adapter: qlora", "expected `lora`; use `lora`: the base stays unquantised"),
         ("attn_implementation: flex_attention", "leave the key out: `eft` runs"),
-        ("chat_template: llama3", "use `tokenizer_default`"),
+        ("chat_template: nemotron_h", "use `tokenizer_default`"),
         ("chat_template: chatlm", "did you mean `chatml`?"),
         ("tf32: auto", "expected true or false; use `true`, or leave the key out"),
         ("save_dtype: bf16", "expected `float32`, `bfloat16` or `float16`"),
@@ -178,9 +178,12 @@ def test_wrong_lines(tmp_path: Path, line: str, expected: str) -> None:
         ("  - {path: a, field_instrction: b}", "`datasets[0].field_instrction: b`: unknown key; did you mean"),
         ("  - {path: a, shards: 4}", "`datasets[0].shards: 4`: Axolotl has this key, eft has not"),
         ("  - {type: alpaca}", "`datasets[0].path` is missing: File, folder or hub id."),
-        ("  - {path: a, type: {field_output: b}}", "put its `field_*` keys into the entry itself"),
+        ("  - {path: a, type: {field_ouput: b}}", "`type`: unknown key `field_ouput`; did you mean `field_output`?"),
         ("  - {path: a, type: my.rows.load}", "for a function of your own write `my.rows:load`"),
-        ("  - {path: a, type: sharegpt}", "datasets[0]: `type: sharegpt`: expected one of chat_template, alpaca"),
+        ("  - {path: a, type: sharegtp}", "datasets[0]: `type: sharegtp`: expected a format of docs/data.md"),
+        ("  - {path: a, type: alpaca:chatt}", "did you mean `alpaca:chat`?"),
+        ("  - {path: a, type: llama2_chat}", "use `type: sharegpt` with `chat_template: llama2`"),
+        ("  - {path: a, type: completion, field_messages: b}", "only used with `type` `chat_template`, not with"),
         ("  - rows.jsonl", "expected a list of entries with `path` (not empty); write `- path: rows.jsonl`"),
         ("  - {path: a, train_on_eos: maybe}", "expected `turn`, `all`, `last` or `none`"),
         ("  - {path: a, roles: {assistant: gpt}}", "expected a mapping of names to lists of texts"),
@@ -221,9 +224,9 @@ def test_everything_wrong_is_said_at_once_and_nothing_twice(tmp_path: Path) -> N
 
 def test_axolotl_keys_that_ask_for_nothing_are_accepted(tmp_path: Path) -> None:
     loaded = load(
-        tmp_path, MINIMAL + "    shards:\nflash_attention:\nload_in_4bit: false\nsample_packing_bin_size: 200\n"
+        tmp_path, MINIMAL + "    shards:\nflash_attention:\nload_in_4bit: false\nsample_packing_group_size: 100000\n"
     )
-    assert loaded.accepted == ["flash_attention", "load_in_4bit", "sample_packing_bin_size", "datasets[0].shards"]
+    assert loaded.accepted == ["flash_attention", "load_in_4bit", "sample_packing_group_size", "datasets[0].shards"]
     assert len(loaded.notes()) == 1
 
 

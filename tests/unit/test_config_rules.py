@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -25,7 +25,7 @@ CASES: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
         {"chat_template": "jinja", "chat_template_jinja": "x"},
     ),
     ("jinja_needs_template_text", {"chat_template": "jinja"}, "chat_template", {"chat_template": "chatml"}),
-    ("template_is_known", {"chat_template": "llama3"}, "chat_template", {"chat_template": "./own.jinja"}),
+    ("template_is_known", {"chat_template": "lama9"}, "chat_template", {"chat_template": "./own.jinja"}),
     ("shortest_below_longest", {"min_sample_len": 513}, "min_sample_len", {"min_sample_len": 512}),
     ("one_half_precision", {"bf16": True, "fp16": True}, "fp16", {"bf16": False, "fp16": True}),
     (
@@ -33,6 +33,58 @@ CASES: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
         {"global_batch_size": 10, "micro_batch_size": 4},
         "global_batch_size",
         {"global_batch_size": 12, "micro_batch_size": 4},
+    ),
+    ("pure_bf16_stands_alone", {"bfloat16": True, "bf16": False}, "bfloat16", {"bfloat16": True}),
+    (
+        "rounding_noise_is_not_averaged",
+        {"bfloat16": True, "optimizer": "schedule_free_adamw"},
+        "bf16_update",
+        {"bfloat16": True, "optimizer": "schedule_free_adamw", "bf16_update": "fp32_master"},
+    ),
+    (
+        "compile_mode_is_inductors",
+        {
+            "torch_compile": True,
+            "torch_compile_backend": "eager",
+            "torch_compile_mode": "max-autotune-no-cudagraphs",
+        },
+        "torch_compile_mode",
+        {"torch_compile": True, "torch_compile_mode": "max-autotune-no-cudagraphs"},
+    ),
+    ("one_kind_of_fused_kernel", {"torch_compile": True, "liger_rope": True}, "liger_rope", {"liger_rope": True}),
+    (
+        "compiled_layers_are_recomputed_whole",
+        {"torch_compile": True, "gradient_checkpointing": True, "selective_checkpointing": True},
+        "selective_checkpointing",
+        {"torch_compile": True, "gradient_checkpointing": True},
+    ),
+    (
+        "checkpoint_options_are_known",
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"every_n_layers": 2}},
+        "gradient_checkpointing_kwargs",
+        {"gradient_checkpointing": True, "gradient_checkpointing_every": 2},
+    ),
+    (
+        "selection_needs_saved_tensors",
+        {
+            "gradient_checkpointing": True,
+            "gradient_checkpointing_kwargs": {"use_reentrant": True},
+            "selective_checkpointing": True,
+        },
+        "selective_checkpointing",
+        {"gradient_checkpointing": True, "selective_checkpointing": ["attention", "matmul"]},
+    ),
+    (
+        "updates_in_backward_stand_alone",
+        {"optimizer_in_backward": True},
+        "optimizer_in_backward",
+        {"optimizer_in_backward": True, "max_grad_norm": 0},
+    ),
+    (
+        "updates_in_backward_stand_alone",
+        {"optimizer_in_backward": True, "max_grad_norm": 0, "gradient_accumulation_steps": 2},
+        "optimizer_in_backward",
+        {"optimizer_in_backward": True, "max_grad_norm": 0, "micro_batch_size": 2, "global_batch_size": 2},
     ),
     (
         "adapter_or_freezing",
@@ -117,6 +169,24 @@ CASES: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
         {**HELD_OUT, "greater_is_better": True, "metric_for_best_model": "accuracy"},
     ),
     (
+        "one_way_to_pack",
+        {"sample_packing": True, "sample_packing_sequentially": True, "sample_packing_strategy": "fit"},
+        "sample_packing_strategy",
+        {"sample_packing": True, "sample_packing_sequentially": True},
+    ),
+    (
+        "order_is_kept",
+        {"sample_packing": True, "curriculum_sampling": True, "sample_packing_strategy": "dense"},
+        "sample_packing_strategy",
+        {"sample_packing": True, "curriculum_sampling": True, "sample_packing_strategy": "fit"},
+    ),
+    (
+        "order_is_kept",
+        {"curriculum_sampling": True, "balance_buffer_steps": 8},
+        "balance_buffer_steps",
+        {"balance_buffer_steps": 8},
+    ),
+    (
         "format_is_known",
         {"datasets": [{"path": "x", "type": "alpca"}]},
         "type",
@@ -130,9 +200,21 @@ CASES: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
     ),
     (
         "own_template_is_known",
-        {"datasets": [{"path": "x", "type": "chat_template", "chat_template": "llama3"}]},
+        {"datasets": [{"path": "x", "type": "chat_template", "chat_template": "lama9"}]},
         "chat_template",
-        {"datasets": [{"path": "x", "type": "chat_template", "chat_template": "chatml"}]},
+        {"datasets": [{"path": "x", "type": "chat_template", "chat_template": "tokenizer_default_fallback_chatml"}]},
+    ),
+    (
+        "own_template_text_needs_jinja",
+        {"datasets": [{"path": "x", "type": "chat_template", "chat_template": "gemma", "chat_template_jinja": "x"}]},
+        "chat_template_jinja",
+        {"datasets": [{"path": "x", "type": "chat_template", "chat_template_jinja": "x"}]},
+    ),
+    (
+        "prompt_keys_are_known",
+        {"datasets": [{"path": "x", "type": {"fromat": "x"}}]},
+        "type",
+        {"datasets": [{"path": "x", "type": {"format": "x", "field_system": None}}]},
     ),
 ]
 
@@ -175,9 +257,9 @@ def _with_switch() -> list[tuple[str, str]]:
 @pytest.mark.parametrize(("name", "switch"), _with_switch())
 def test_a_key_whose_switch_is_off_is_an_error(name: str, switch: str) -> None:
     assert switch in TrainConfig.model_fields
-    values = {int: 7, float: 0.5, bool: True, str: "x"}
+    named = get_args(TrainConfig.model_fields[name].annotation)
     changed = None
-    for value in (*values.values(), ["x"], {"x": "y"}):
+    for value in (7, 0.5, True, "x", ["x"], {"x": "y"}, *(value for value in named[1:] if isinstance(value, str))):
         try:
             changed = TrainConfig(**MAPPING | {name: value})
         except ValueError:

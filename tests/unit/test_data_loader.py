@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pickle
 import random
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,9 +16,11 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from eft.core.constants import IGNORE_INDEX
+from eft.core.errors import DataError
 from eft.core.records import TokenSample
+from eft.data.balance import bin_costs, share_step
 from eft.data.collators import Batch, PackedCollator, PaddedCollator
-from eft.data.loader import build_eval_loader, build_train_loader
+from eft.data.loader import _one_ahead, build_eval_loader, build_train_loader
 from eft.data.plan import Plan, build_eval_plan, build_plan
 
 CAPACITY = 16
@@ -216,3 +220,51 @@ def test_what_travels_to_a_worker_is_small() -> None:
     dataset = FakeDataset([8] * 1000)
     loader = loader_of(dataset, plan_of(dataset, 4), (1, 4, 1))
     assert len(pickle.dumps(loader.dataset)) < len(pickle.dumps(dataset)) + 500
+
+
+@given(lengths_lists, st.integers(1, 5))
+@settings(max_examples=30, deadline=None)
+def test_alone_a_rank_shares_as_the_balance_says(lengths: list[int], accumulation: int) -> None:
+    dataset = FakeDataset(lengths)
+    plan = plan_of(dataset, accumulation)
+    batches = iter(loader_of(dataset, plan, (1, accumulation, 1)))
+    for number in range(plan.total_steps):
+        step = plan.step(number)
+        shares = share_step(step, bin_costs(dataset.lengths, step.bins, 0.5), 1, accumulation, 1)
+        expected = [[int(i) for ids in bins for i in ids] for bins in shares[0]]
+        assert [ids_in(next(batches)) for _ in expected] == expected
+
+
+def test_one_batch_is_fetched_ahead_and_no_more() -> None:
+    fetched: list[int] = []
+
+    def numbers() -> Iterator[Batch]:
+        for number in range(4):
+            fetched.append(number)
+            yield {"number": number}
+
+    batches = _one_ahead(numbers())
+    assert fetched == []
+    assert next(batches) == {"number": 0}
+    assert next(batches) == {"number": 1}
+    assert len(fetched) <= 3
+    assert [batch["number"] for batch in batches] == [2, 3]
+    assert fetched == [0, 1, 2, 3]
+
+
+def test_what_fails_ahead_fails_where_its_batch_is_asked_for() -> None:
+    def numbers() -> Iterator[Batch]:
+        yield {"number": 0}
+        raise DataError("row 7: damaged")
+
+    batches = _one_ahead(numbers())
+    assert next(batches) == {"number": 0}
+    with pytest.raises(DataError, match="row 7"):
+        next(batches)
+
+
+def test_an_early_end_leaves_no_thread() -> None:
+    batches = _one_ahead(iter([{"number": number} for number in range(9)]))
+    next(batches)
+    batches.close()  # type: ignore[attr-defined]
+    assert [thread for thread in threading.enumerate() if thread.name.startswith("eft-batches")] == []

@@ -29,7 +29,9 @@ def digests(values: list[int]) -> Digests:
 
 def mixed(ids: list[int], wholes: list[int] | None = None, **options: Any) -> Mixture:
     given_options: dict[str, Any] = {"seed": 1, "shuffle": True, "deduplicate": False, "val_set_size": 0.0} | options
-    return mix(digests(ids), digests(ids if wholes is None else wholes), **given_options)
+    rows = np.array(given_options.pop("rows", range(len(ids))), dtype=np.int64)
+    keys = np.array(given_options.pop("keys", range(len(ids))), dtype=np.uint64)
+    return mix(digests(ids), digests(ids if wholes is None else wholes), rows, keys, **given_options)
 
 
 @given(
@@ -83,10 +85,43 @@ def test_the_order_never_changes_between_versions() -> None:
     assert merged_order(4, 42, shuffle=False).tolist() == [0, 1, 2, 3]
 
 
+def test_the_split_never_changes_between_versions() -> None:
+    assert mixed(list(range(20)), val_set_size=3.0, seed=42).held_out.tolist() == [2, 12, 4]
+
+
+@given(
+    keys=st.lists(st.integers(0, 2**64 - 1), min_size=4, max_size=40, unique=True),
+    data=st.data(),
+    seed=st.integers(0, 99),
+)
+def test_the_split_goes_by_what_the_rows_are(keys: list[int], data: st.DataObject, seed: int) -> None:
+    """Other rows may go, come or change places: who is held out is decided between each two rows alone."""
+
+    def held_out(keys: list[int], size: int) -> set[int]:
+        mixture = mixed(list(range(len(keys))), keys=keys, seed=seed, val_set_size=float(size))
+        return {keys[index] for index in mixture.held_out}
+
+    size = data.draw(st.integers(1, len(keys) - 2))
+    before = held_out(keys, size)
+    assert held_out(data.draw(st.permutations(keys)), size) == before
+    gone = data.draw(st.sampled_from(keys))
+    after = held_out([key for key in keys if key != gone], size)
+    assert before - {gone} <= after
+    assert len(after - before) == (gone in before)
+
+
+def test_all_samples_of_a_row_are_on_one_side() -> None:
+    rows = np.repeat(np.arange(30), 3)
+    mixture = mixed(list(range(90)), rows=rows, keys=rows, val_set_size=0.2)
+    assert len(mixture.held_out) == 18
+    assert not set(rows[mixture.held_out]) & set(rows[mixture.train])
+    assert len(set(rows[mixture.held_out].tolist())) == 6
+
+
 def test_the_draw_is_uniform() -> None:
     hits = np.zeros(10)
     for seed in range(2000):
-        hits[random_order(10, seed, 1)[:3]] += 1
+        hits[mixed(list(range(10)), seed=seed, val_set_size=3.0).held_out] += 1
     assert hits.min() > 520  # expected 600, standard deviation 20
     assert hits.max() < 680
 
@@ -101,7 +136,7 @@ def test_held_out_counts(count: int, size: float, expected: int) -> None:
 
 @pytest.mark.parametrize(("count", "size"), [(100, 100.0), (100, 500.0), (1, 0.1), (2, 0.9), (1, 1.0)])
 def test_nothing_left_to_train_on(count: int, size: float) -> None:
-    with pytest.raises(DataError, match=f"val_set_size: {size:g} holds out .* of {count} samples"):
+    with pytest.raises(DataError, match=f"val_set_size: {size:g} holds out .* of {count} rows"):
         held_out_count(count, size)
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from eft.core.errors import DataError
 from eft.core.records import Float64Array, Int32Array, TokenSample
-from eft.data.plan import Plan, StepPlan, bin_costs, build_eval_plan, build_plan, share_step
+from eft.data.plan import Plan, build_eval_plan, build_plan
 
 
 @dataclass
@@ -64,18 +64,21 @@ some_lengths = st.lists(st.integers(1, 16), min_size=1, max_size=120)
 @given(
     some_lengths,
     st.integers(1, 9),
-    st.sampled_from([(True, False), (True, True), (False, False)]),
+    st.sampled_from(["auto", "fit", "stream", "dense", "sequential", "single"]),
     st.booleans(),
     st.integers(1, 4),
+    st.none() | st.integers(2, 4),
 )
 def test_every_epoch_has_every_sample_once(
-    lengths: list[int], global_batch: int, kind: tuple[bool, bool], shuffle: bool, epochs: int
+    lengths: list[int], global_batch: int, kind: str, shuffle: bool, epochs: int, buffer: int | None
 ) -> None:
-    packed, sequential = kind
+    packed, sequential = kind != "single", kind == "sequential"
     plan = plan_of(
         lengths,
         packed=packed,
         sequential=sequential,
+        strategy="auto" if kind in ("sequential", "single") else kind,
+        balance_buffer=buffer,
         shuffle=shuffle,
         global_batch_size=global_batch,
         num_epochs=epochs,
@@ -100,7 +103,7 @@ def test_every_epoch_has_every_sample_once(
         last_of_epoch = k + 1 in plan.epoch_ends
         assert len(step.bins) == global_batch or (last_of_epoch and 0 < len(step.bins) < global_batch)
     assert all(sorted(ids) == list(range(len(lengths))) for ids in seen)
-    if not shuffle and (sequential or not packed):
+    if not shuffle and buffer is None and (sequential or not packed):
         assert seen[0] == list(range(len(lengths)))
 
 
@@ -176,12 +179,17 @@ def test_fingerprint_changes_with_what_a_step_holds_and_with_nothing_else() -> N
         {"shuffle": False},
         {"global_batch_size": 4},
         {"seed": 2},
+        {"strategy": "stream"},
+        {"strategy": "dense"},
+        {"bin_samples": 2},
+        {"balance_buffer": 2},
+        {"balance_buffer": 3},
     ]
     prints = [plan_of(lengths, **change).fingerprint for change in changes]
     assert len({base.fingerprint, *prints}) == len(changes) + 1
     assert plan_of(lengths, num_epochs=2, max_steps=1).fingerprint == base.fingerprint
     single = plan_of(lengths, packed=False)
-    assert plan_of(lengths, packed=False, capacity=99, sequential=True).fingerprint == single.fingerprint
+    assert plan_of(lengths, packed=False, capacity=99, sequential=True, bin_samples=2).fingerprint == single.fingerprint
     assert plan_of(lengths, shuffle=False, seed=9).fingerprint == plan_of(lengths, shuffle=False).fingerprint
 
 
@@ -243,56 +251,61 @@ def test_eval_plan_is_in_order_and_complete(lengths: list[int], packed: bool) ->
     assert plan.tokens == sum(lengths)
 
 
-def step_of(costs: list[float]) -> StepPlan:
-    return StepPlan(0, 0, [np.array([i], np.int32) for i in range(len(costs))], 1.0, 1)
+def test_auto_is_resolved_and_says_why() -> None:
+    drawn = np.random.default_rng(0).lognormal(1.0, 0.7, 3000)
+    lengths = np.clip(drawn, 1, 16).astype(int).tolist()
+    plan = plan_of(lengths)
+    summary = plan.summary()
+    assert summary["strategy"] in ("fit", "stream")
+    assert summary["strategy_reason"] == plan.reason
+    assert "random draws" in plan.reason
+    assert summary["fewest_bins"] <= summary["epochs"][0]["bins"]
+    assert summary["fill_of_possible_percent"] == pytest.approx(
+        100 * summary["fewest_bins"] / summary["epochs"][0]["bins"]
+    )
+    named = plan_of(lengths, strategy="dense")
+    assert (named.options.strategy, named.reason) == ("dense", "asked for")
+    assert named.summary()["likeness_in_bins"] > summary["likeness_in_bins"]
+    assert plan_of(lengths, shuffle=False).reason == "follows the order of the samples where it can"
+    single = plan_of(lengths, packed=False).summary()
+    assert single["fill_of_possible_percent"] == 100.0
+    assert single["strategy_reason"] == "one sample per bin"
 
 
-@settings(deadline=None, max_examples=300)
-@given(st.data(), st.integers(1, 5), st.integers(1, 4), st.integers(1, 3))
-def test_shares_are_the_step(data: st.DataObject, world: int, accumulation: int, micro: int) -> None:
-    room = world * accumulation * micro
-    costs = data.draw(st.lists(st.floats(0.5, 1e6), min_size=1, max_size=room))
-    shares = share_step(step_of(costs), costs, world, accumulation, micro)
-    assert len(shares) == world
-    assert all(len(rank) == accumulation for rank in shares)
-    assert all(len(bins) <= micro for rank in shares for bins in rank)
-    assert sorted(int(b[0]) for rank in shares for bins in rank for b in bins) == list(range(len(costs)))
-    for rank in shares:  # dummies come last, and only where there are fewer bins than micro-batches
-        assert [not bins for bins in rank] == sorted(not bins for bins in rank)
-        assert any(rank) or len(costs) < world
-        assert all(rank) or sum(len(bins) for bins in rank) < accumulation
-    again = share_step(step_of(costs), costs, world, accumulation, micro)
-    assert str(again) == str(shares)
-    # Greedy's bound where no rank is full: nobody is above the mean by more than the largest bin.
-    if all(sum(map(len, rank)) < accumulation * micro for rank in shares):
-        loads = [sum(costs[int(b[0])] for bins in rank for b in bins) for rank in shares]
-        assert max(loads) <= sum(costs) / world + max(costs) * (1 + 1e-9)
+def test_what_auto_chooses_is_the_same_plan_as_asking_for_it() -> None:
+    lengths = [5, 3, 9, 12, 7, 1, 16, 4]
+    auto, named = plan_of(lengths, num_epochs=3), plan_of(lengths, num_epochs=3, strategy="fit")
+    assert auto.options == named.options
+    assert auto.fingerprint == named.fingerprint
+    assert steps_of(auto) == steps_of(named)
 
 
-def test_shares_are_balanced_and_ranks_go_from_heavy_to_light() -> None:
-    rng = np.random.default_rng(0)
-    costs = rng.lognormal(0, 0.5, 64).tolist()
-    shares = share_step(step_of(costs), costs, 4, 8, 2)
-    micro = np.array([[sum(costs[int(b[0])] for b in bins) for bins in rank] for rank in shares])
-    ranks = micro.sum(1)
-    assert ranks.max() / ranks.mean() < 1.02
-    assert micro.max() / micro.mean() < 1.6
-    assert np.all(np.diff(micro, axis=1) <= 0)
+@settings(deadline=None, max_examples=60)
+@given(some_lengths, st.integers(1, 4), st.integers(2, 5), st.integers(1, 3))
+def test_a_buffer_reorders_bins_and_nothing_else(
+    lengths: list[int], global_batch: int, buffer: int, epochs: int
+) -> None:
+    random = plan_of(lengths, global_batch_size=global_batch, num_epochs=epochs)
+    alike = plan_of(
+        lengths, global_batch_size=global_batch, num_epochs=epochs, balance_buffer=buffer, cost_ratio=0.12345
+    )
+    assert alike.options.cost_ratio == 0.12
+    assert alike.steps_per_epoch == random.steps_per_epoch
+    assert alike.fingerprint != random.fingerprint
+    for epoch in range(epochs):
+        first, stop = [0, *random.epoch_ends][epoch : epoch + 2]
+        for start in range(first, stop, buffer):
+            here = range(start, min(start + buffer, stop))
+            bins = [sorted(bin for step in here for bin in steps_of(plan)[step]) for plan in (random, alike)]
+            assert bins[0] == bins[1]
+    assert steps_of(pickle.loads(pickle.dumps(alike))) == steps_of(alike)
 
 
-def test_one_rank_keeps_the_order_of_the_plan() -> None:
-    costs = [3.0, 9.0, 1.0, 4.0, 5.0]
-    (alone,) = share_step(step_of(costs), costs, 1, 6, 1)
-    assert [[int(b[0]) for b in bins] for bins in alone] == [[0], [1], [2], [3], [4], []]
-    (pairs,) = share_step(step_of(costs), costs, 1, 3, 2)
-    assert [[int(b[0]) for b in bins] for bins in pairs] == [[0, 3], [1], [2, 4]]
-
-
-def test_bin_costs() -> None:
-    lengths = np.array([3, 4, 40000], np.int32)
-    bins = [np.array([0, 1], np.int32), np.array([2], np.int32)]
-    assert bin_costs(lengths, bins, 0.0) == [7.0, 40000.0]
-    assert bin_costs(lengths, bins, 0.5) == [7 + 12.5, 40000 + 0.5 * 40000.0**2]
+def test_a_cost_ratio_without_a_buffer_is_no_part_of_the_plan() -> None:
+    lengths = [5, 3, 9, 12, 7, 1, 16, 4]
+    assert plan_of(lengths, cost_ratio=0.5).fingerprint == plan_of(lengths).fingerprint
+    buffered = [plan_of(lengths, balance_buffer=2, cost_ratio=ratio).fingerprint for ratio in (0.5, 0.501, 0.6)]
+    assert buffered[0] == buffered[1] != buffered[2]
 
 
 def test_max_steps_runs_through_many_epochs() -> None:

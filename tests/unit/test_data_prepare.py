@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -20,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from eft.config.data import DataConfig
 from eft.core.errors import ConfigError, DataError
 from eft.core.records import TokenDataset
-from eft.data import cache, entry, prepare, tokenize
+from eft.data import cache, prepare, readers, store_writer, tokenize
 from eft.data.prepare import PreparedData, prepare_datasets, prepared_location
 
 CHATML = (
@@ -84,7 +85,7 @@ def no_tokenising(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: Any) -> Any:
         raise AssertionError("tokenised again")
 
-    monkeypatch.setattr(entry, "encode_examples", fail)
+    monkeypatch.setattr(tokenize.ExampleEncoder, "__call__", fail)
 
 
 def contents(dataset: TokenDataset) -> list[tuple[int, ...]]:
@@ -148,22 +149,19 @@ def test_a_reused_store_counts_as_having_read_what_made_it(tmp_path: Path, token
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"sequence_len": 400}, "sequence_len 512 → 400"),
-        ({"excess_length_strategy": "truncate"}, 'excess_length_strategy "drop" → "truncate"'),
-        ({"min_sample_len": 3}, "min_sample_len 2 → 3"),
-        ({"train_on_inputs": True}, "train_on_inputs false → true"),
-        ({"malformed_rows": "drop"}, 'malformed_rows "raise" → "drop"'),
+        ({"sequence_len": 100}, "sequence_len 100 is below its longest sample, "),
+        ({"min_sample_len": 70}, "min_sample_len 70 is above its shortest sample, "),
+        ({"train_on_inputs": True}, "datasets.train_on_inputs false → true"),
         ({"chat_template": "jinja", "chat_template_jinja": "<eos>" + CHATML}, "template changed"),
         ({"entry": {"train_on_eos": "none"}}, 'datasets.train_on_eos "turn" → "none"'),
     ],
 )
-def test_whatever_changes_ids_makes_a_new_store_and_says_why(
-    tmp_path: Path, tokenizer: Any, change: dict[str, Any], why: str
-) -> None:
-    path = chats(tmp_path / "chats.jsonl")
+def test_a_new_store_says_why(tmp_path: Path, tokenizer: Any, change: dict[str, Any], why: str) -> None:
+    rows = [chat(f"q{index}", "answer" * index) for index in range(30)]
+    path = write_rows(tmp_path / "chats.jsonl", rows)
     prepare_datasets(config(path, type="chat_template"), tokenizer)
     note = prepare_datasets(config(path, type="chat_template", **change), tokenizer).cache_note
-    assert f"({why})" in note
+    assert f"({why}" in note
 
 
 def test_rows_tokenizer_and_masking_code_make_a_new_store(
@@ -280,15 +278,17 @@ def test_rows_without_trained_turns_explain_the_roles(tmp_path: Path, tokenizer:
 def test_a_mask_that_trains_everything_is_refused(
     tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    encode = tokenize.ExampleEncoder.__call__
+
     def everything(*arguments: Any) -> Any:
-        outcomes = tokenize.encode_examples(*arguments)
+        outcomes = encode(*arguments)
         for outcome in outcomes:
             assert not isinstance(outcome, tokenize.Rejected)
             outcome.labels[:] = outcome.input_ids
         return outcomes
 
     path = chats(tmp_path / "c.jsonl", 3)
-    monkeypatch.setattr(entry, "encode_examples", everything)
+    monkeypatch.setattr(tokenize.ExampleEncoder, "__call__", everything)
     with pytest.raises(DataError, match="every token of all 3 samples would be trained"):
         prepare_datasets(config(path, type="chat_template"), tokenizer)
     assert len(prepare_datasets(config(path, type="chat_template", train_on_inputs=True), tokenizer).train) == 3
@@ -418,27 +418,46 @@ def test_every_row_and_token_goes_to_exactly_one_place(data: st.DataObject, toke
 # ---- crashes, races, folders ----
 
 
-def test_kill_minus_nine_leaves_nothing_that_counts(tmp_path: Path, tokenizer: Any) -> None:
-    cfg = config(ids_file(tmp_path / "ids.jsonl", [5] * 2000))
+def files_of(location: Path) -> dict[str, bytes]:
+    """The files of the only store in a folder."""
+    (meta,) = location.glob("*/meta.json")
+    return {file.name: file.read_bytes() for file in meta.parent.iterdir()}
+
+
+@pytest.mark.parametrize("killed_after", [1, 4, 9])
+def test_kill_minus_nine_and_again_gives_the_same_bytes(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, killed_after: int
+) -> None:
+    monkeypatch.setattr(readers, "BLOCK_BYTES", 1 << 12)
+    monkeypatch.setattr(store_writer, "SHARD_BLOCKS", 3)
+    cfg = config(ids_file(tmp_path / "ids.jsonl", [5] * 700), malformed_rows="drop")
+    with Path(cfg.datasets[0].path).open("a") as file:
+        file.write("broken\n" * 3)
     straight = prepare_datasets(cfg.model_copy(update={"dataset_prepared_path": str(tmp_path / "other")}), tokenizer)
+    reports: list[int] = []
+
+    def kill(*report: Any) -> None:
+        reports.append(1)
+        if len(reports) == killed_after:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     child = os.fork()
     if child == 0:
-        prepare_datasets(cfg, tokenizer, progress=lambda *report: os.kill(os.getpid(), signal.SIGKILL))
+        prepare_datasets(cfg, tokenizer, progress=kill)
         os._exit(1)
     _, status = os.waitpid(child, 0)
     assert os.WTERMSIG(status) == signal.SIGKILL
     location = tmp_path / "cache"
-    assert list(location.glob(".tmp-*")), "the child was killed in the middle"
+    assert list(location.glob(".partial-*")), "the child was killed in the middle"
     assert not list(location.glob("*/meta.json"))
 
     prepared = prepare_datasets(cfg, tokenizer)
-    assert not list(location.glob(".tmp-*"))
+    assert not list(location.glob(".partial-*"))
     assert prepared.train.fingerprint == straight.train.fingerprint
-    (store,) = location.glob("*/meta.json")
-    (other,) = (tmp_path / "other").glob("*/meta.json")
-    for file in other.parent.iterdir():
-        assert file.read_bytes() == (store.parent / file.name).read_bytes(), file.name
+    assert prepared.ledger == straight.ledger
+    finished = killed_after // 3 * 3
+    assert (f"went on after {finished} finished blocks" in prepared.cache_note) is (finished > 0)
+    assert files_of(location) == files_of(tmp_path / "other")
 
 
 def test_two_at_the_same_time_do_the_work_once(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -446,12 +465,14 @@ def test_two_at_the_same_time_do_the_work_once(tmp_path: Path, tokenizer: Any, m
     calls: list[int] = []
     waiting = threading.Event()
 
+    encode = tokenize.ExampleEncoder.__call__
+
     def slow(*arguments: Any) -> Any:
         calls.append(1)
         assert waiting.wait(20), "nobody waited for the lock"
-        return tokenize.encode_examples(*arguments)
+        return encode(*arguments)
 
-    monkeypatch.setattr(entry, "encode_examples", slow)
+    monkeypatch.setattr(tokenize.ExampleEncoder, "__call__", slow)
     found: list[PreparedData] = []
 
     def progress(what: str, done: int, total: int | None) -> None:
@@ -476,8 +497,8 @@ def test_without_locks_the_slower_one_takes_the_winners_store(
 ) -> None:
     cfg = config(ids_file(tmp_path / "ids.jsonl", [5, 6, 7]))
     winner = prepare_datasets(cfg, tokenizer)
-    monkeypatch.setattr(cache, "reusable", lambda folder: None)
-    monkeypatch.setattr(cache, "discard_damaged", lambda folder: False)
+    monkeypatch.setattr(cache, "reusable", lambda *arguments: None)
+    monkeypatch.setattr(cache, "discard_damaged", lambda *arguments: False)
     assert prepare_datasets(cfg, tokenizer).train.fingerprint == winner.train.fingerprint
 
 
@@ -485,7 +506,7 @@ def test_a_damaged_store_is_made_anew(tmp_path: Path, tokenizer: Any) -> None:
     cfg = config(ids_file(tmp_path / "ids.jsonl", [5, 6, 7]))
     first = prepare_datasets(cfg, tokenizer)
     (meta,) = (tmp_path / "cache").glob("*/meta.json")
-    for damage in ("tokens.arrow", "meta.json"):
+    for damage in ("tokens-00000.arrow", "meta.json"):
         (meta.parent / damage).write_bytes(b"{")
         again = prepare_datasets(cfg, tokenizer)
         assert "its files were damaged" in again.cache_note
@@ -507,11 +528,15 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, tokenizer: Any) -> None
         prepare_datasets(cfg, tokenizer)
 
 
-def test_progress_is_reported(tmp_path: Path, tokenizer: Any) -> None:
+def test_progress_is_reported(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "BLOCK_BYTES", 1 << 14)
     reports: list[tuple[str, int, int | None]] = []
     path = ids_file(tmp_path / "ids.jsonl", [5] * 1100)
     prepare_datasets(config(path), tokenizer, progress=lambda *report: reports.append(report))
-    assert [done for _, done, _ in reports] == [512, 1024, 1100]
+    done = [done for _, done, _ in reports]
+    assert len(done) > 2
+    assert done == sorted(done)
+    assert done[-1] == 1100
     assert reports[0][0] == path
     assert np.all([total == 1100 for _, _, total in reports])
 
@@ -560,3 +585,47 @@ def test_half_a_character_is_a_malformed_row(tmp_path: Path, tokenizer: Any) -> 
     prepared = prepare_datasets(config(path, type="chat_template", malformed_rows="drop"), tokenizer)
     assert len(prepared.train) == 1
     assert prepared.ledger.sources[0].dropped["malformed"].rows == 1
+
+
+@pytest.mark.parametrize("where", ["a shard", "its columns", "all columns", "the end"])
+def test_a_full_disk_leaves_no_store_and_what_is_finished(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    monkeypatch.setattr(readers, "BLOCK_BYTES", 1 << 12)
+    monkeypatch.setattr(store_writer, "SHARD_BLOCKS", 3)
+    cfg = config(ids_file(tmp_path / "ids.jsonl", [5] * 700))
+    targets = {
+        "a shard": (store_writer._Shard, "append"),
+        "its columns": (store_writer._Shard, "record"),
+        "all columns": (store_writer, "_write_columns"),
+        "the end": (store_writer.atomic, "write_json"),
+    }
+    holder, name = targets[where]
+    original = getattr(holder, name)
+    calls: list[int] = []
+
+    def full(*arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) > (7 if where == "a shard" else 2 if where == "its columns" else 0):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(holder, name, full)
+        with pytest.raises(DataError, match="No space left on device.*free some space, or set dataset_prepared_path"):
+            prepare_datasets(cfg, tokenizer)
+    location = tmp_path / "cache"
+    assert not list(location.glob("[!.]*"))
+    (partial,) = location.glob(".partial-*")
+    finished = {
+        name for line in (partial / "manifest.jsonl").read_text().splitlines() for name in json.loads(line)["files"]
+    }
+    kept = {file.name for file in partial.iterdir()}
+    assert finished
+    assert finished <= kept
+    if where == "a shard":
+        assert kept == finished | {"manifest.jsonl"}
+    assert "went on after" in prepare_datasets(cfg, tokenizer).cache_note
+    straight = config(cfg.datasets[0].path, dataset_prepared_path=str(tmp_path / "other"))
+    prepare_datasets(straight, tokenizer)
+    assert files_of(location) == files_of(tmp_path / "other")

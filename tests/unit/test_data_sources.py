@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from eft.config.data import DatasetConfig
 from eft.core.errors import DataError
-from eft.data import sources
-from eft.data.sources import count_hint, iter_rows, source_fingerprint
+from eft.data import readers, sources
+from eft.data.rows import rows_of as rows_of_block
+from eft.data.sources import count_hint, iter_blocks, iter_rows, source_fingerprint
 
 ROWS: list[dict[str, Any]] = [{"text": "one, two\nthree"}, {"text": "zwölf 😀"}, {"text": 'a "quoted" one'}]
 
@@ -42,6 +46,9 @@ WRITERS: dict[str, Callable[[Path], Any]] = {
     "compact.json": lambda path: path.write_text(json.dumps(ROWS)),
     "lines.json": lambda path: path.write_bytes(b"\xef\xbb\xbf" + jsonl() + b"\n"),
     "data.jsonl.gz": lambda path: path.write_bytes(gzip.compress(jsonl())),
+    "two frames.jsonl.zst": lambda path: path.write_bytes(
+        zstandard.compress(jsonl()[:40]) + zstandard.compress(jsonl()[40:])
+    ),
     "data.jsonl.zst": lambda path: path.write_bytes(zstandard.compress(jsonl())),
     "data.csv": write_csv,
     "data.parquet": lambda path: pq.write_table(pa.Table.from_pylist(ROWS), path),
@@ -134,7 +141,7 @@ def test_arrow_padding_is_taken_out_of_structs_and_null_columns_stay(tmp_path: P
 
 BROKEN: dict[str, tuple[str, bytes, str]] = {
     "broken line": ("a.jsonl", b'{"text": "x"}\n{"text": \n', "a.jsonl line 2, column 9: broken JSON"),
-    "not an object": ("a.jsonl", b'{"text": "x"}\n"word"\n', "a.jsonl line 2: a JSON str; expected an object"),
+    "not an object": ("a.jsonl", b'{"text": "x"}\n"word"\n', "a.jsonl line 2: is a JSON str; expected an object"),
     "not UTF-8": ("a.jsonl", b'{"text": "\xff"}\n', "a.jsonl line 1: is not UTF-8"),
     "array without comma": ("a.json", b'[{"a": 1}\n{"a": 2}]', "a.json line 2: broken JSON (no comma or ]"),
     "array cut short": ("a.json", b'[{"a": 1},\n{"a": 2', "a.json line 2: broken JSON"),
@@ -156,7 +163,35 @@ BROKEN: dict[str, tuple[str, bytes, str]] = {
         rb'{"a": "\ud83d\ude00"}' + b"\n" + rb'{"a": "\ud83d"}',
         "a.jsonl line 2: has an esc",
     ),
-    "array with half a character": ("a.json", rb'[{"a": "\ud83d\ude00"}, {"a": "\ude00"}]', "item 2: has an escape"),
+    "array with half a character": ("a.json", rb'[{"a": "\ud83d\ude00"}, {"a": "\ude00"}]', "item 2 has an escape"),
+    "a key twice": ("a.jsonl", b'{"a": 1}\n{"a": {"b": 1, "c": 2, "b": 3}}\n', "a.jsonl line 2: has the key 'b' twice"),
+    "a key twice in an array": (
+        "a.json",
+        b'[{"a": 1},\n {"a": 1, "a": 2}]',
+        "a.json line 2: item 2 has the key 'a' twice",
+    ),
+    "an array that is not UTF-8": ("a.json", b'[{"a": "\xff"}]', "a.json: is not UTF-8 text"),
+    "UTF-16": ("a.jsonl", '{"a": 1}'.encode("utf-16"), "a.jsonl line 1: is not UTF-8 text"),
+    "text after the array": ("a.json", b'[{"a": 1}] {"a": 2}', "text after the end of the array"),
+    "CSV that is not UTF-8": ("a.csv", b"a,b\n1,2\n\xff,4\n", "a.csv line 3: cannot be read as CSV"),
+    "CSV with a column twice": ("a.csv", b"a,a\n1,2\n", "a.csv line 1: the column 'a' is named twice"),
+    "CSV with an open quote": ("a.csv", b'a,b\n1,"2\n3,4\n', "cannot be read as CSV"),
+    "JSONL named CSV": ("a.csv", b'{"text": "x", "n": 1}\n', "no rows"),
+    "gzip without its suffix": ("a.jsonl", gzip.compress(jsonl()), "is a gzip file by its content"),
+    "gzip suffix on plain text": ("a.jsonl.gz", jsonl(), "cannot be read"),
+    "an empty gzip": ("a.jsonl.gz", b"", "no rows"),
+    "an empty Parquet": ("a.parquet", b"", "cannot be read as Parquet"),
+    "an empty Arrow": ("a.arrow", b"", "cannot be read as Arrow"),
+    "an empty CSV": ("a.csv", b"", "no rows"),
+    "a CSV of names only": ("a.csv", b"a,b\n", "no rows"),
+    "two zstd frames, one cut": (
+        "a.jsonl.zst",
+        zstandard.compress(jsonl()) + zstandard.compress(jsonl() * 50)[:-20],
+        "cannot be read (the compressed data end in the middle)",
+    ),
+    "text after zstd": ("a.jsonl.zst", zstandard.compress(jsonl()) + b"{}", "cannot be read"),
+    "cut zstd": ("a.jsonl.zst", zstandard.compress(jsonl() * 500)[:-20], "cannot be read"),
+    "zip": ("a.jsonl", b"PK\x03\x04xxxx", "is a zip file by its content"),
     "no zstd": ("a.jsonl.zst", b"hello there", "cannot be read"),
     "CSV with a long row": ("a.csv", b"a,b\n1,2,3\n", "a.csv row 1: not the 2 fields that the first line names (a, b)"),
     "CSV with a short row": ("a.csv", b"a,b\n1,2\n1\n", "a.csv row 2: not the 2 fields"),
@@ -236,3 +271,101 @@ def test_a_parquet_file_damaged_in_its_middle_names_the_row(tmp_path: Path) -> N
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"a\.parquet: cannot be read beyond row \d+"):
         list(iter_rows(spec(path)))
+
+
+def chunked(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    monkeypatch.setattr(readers, "BLOCK_BYTES", size)
+    monkeypatch.setattr(readers, "BLOCK_ROWS", size)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("size", [1, 3, 16, 64])
+def test_however_a_file_is_cut_its_rows_are_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, size: int
+) -> None:
+    WRITERS[name](tmp_path / name)
+    whole = [(row.number, row.data) for row in iter_rows(spec(tmp_path / name))]
+    chunked(monkeypatch, size)
+    blocks = list(iter_blocks(spec(tmp_path / name)))
+    assert [(row.number, row.data) for block in blocks for row in rows_of_block(block, None)] == whole
+    assert [block.first for block in blocks] == sorted(block.first for block in blocks)
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_however_a_broken_file_is_cut_its_message_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    name, content, message = BROKEN[case]
+    (tmp_path / name).write_bytes(content)
+    if "Parquet" not in message and "too deeply" not in case:  # one tells the format by the first bytes
+        chunked(monkeypatch, 16)
+    assert message in error_of(tmp_path / name)
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    items=st.lists(st.dictionaries(st.text(max_size=5), JSON_VALUES, max_size=3), min_size=1, max_size=5),
+    indent=st.sampled_from([None, 0, 2]),
+    size=st.integers(1, 40),
+)
+def test_arrays_are_read_through_any_window(
+    tmp_path_factory: pytest.TempPathFactory, items: list[dict[str, Any]], indent: int | None, size: int
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "window.json"
+    path.write_text(json.dumps(items, indent=indent, ensure_ascii=False), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        chunked(patch, size)
+        assert [row.data for row in iter_rows(spec(path))] == items
+
+
+def test_shards_of_different_columns_are_read_as_they_are(tmp_path: Path) -> None:
+    pq.write_table(pa.Table.from_pylist([{"text": "a", "n": 1}]), tmp_path / "1.parquet")
+    pq.write_table(pa.Table.from_pylist([{"text": "b", "n": "one", "more": [1.5]}]), tmp_path / "2.parquet")
+    pq.write_table(pa.Table.from_pylist([{"other": None}]), tmp_path / "3.parquet")
+    assert rows_of(tmp_path) == [
+        {"text": "a", "n": 1},
+        {"text": "b", "n": "one", "more": [1.5]},
+        {"other": None},
+    ]
+
+
+def test_empty_files_among_others_have_no_rows(tmp_path: Path) -> None:
+    (tmp_path / "1.jsonl").write_bytes(b"")
+    (tmp_path / "2.jsonl").write_bytes(jsonl())
+    (tmp_path / "3.jsonl").write_bytes(b"\n")
+    assert rows_of(tmp_path) == ROWS
+    assert {row.file for row in iter_rows(spec(tmp_path))} == {str(tmp_path / "2.jsonl")}
+
+
+def test_what_a_folder_may_hold(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_bytes(jsonl())
+    for name in ("README.md", "_SUCCESS", ".hidden.jsonl", "LICENSE", "dataset_infos.yaml"):
+        (tmp_path / name).write_text("not data")
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "x.jsonl").write_text("not data")
+    (tmp_path / "folder.jsonl").mkdir()
+    assert rows_of(tmp_path) == ROWS
+    (tmp_path / "rows-2.jsonl.bz2").write_bytes(b"BZh")
+    message = error_of(tmp_path)
+    assert "rows-2.jsonl.bz2: .bz2 files cannot be read, and leaving it out might lose rows" in message
+    assert rows_of(tmp_path, data_files="rows.jsonl") == ROWS
+    (tmp_path / "rows-2.jsonl.bz2").unlink()
+    (tmp_path / "more.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    assert "more.jsonl: is a link to something that does not exist" in error_of(tmp_path)
+    (tmp_path / "more.jsonl").unlink()
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    assert "pipe.jsonl: is no regular file" in error_of(tmp_path)
+    assert "pipe.jsonl: is no regular file" in error_of(tmp_path / "pipe.jsonl")
+
+
+def test_a_line_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "_LONGEST_LINE", 1 << 20)
+    (tmp_path / "a.jsonl").write_bytes(b'{"a": 1}\n' + b"x" * (3 << 20))
+    assert "a.jsonl line 2: is longer than 1 MiB" in error_of(tmp_path / "a.jsonl")

@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from eft.core.constants import IGNORE_INDEX
 from eft.core.errors import DataError
 from eft.core.records import TokenSample
-from eft.data import store as store_module
-from eft.data.sample_set import TokenView
-from eft.data.store import StoreWriter, TokenStore, as_token_dataset, open_store, write_store
+from eft.data import store_writer
+from eft.data.encoded import StoredSample, encode_samples
+from eft.data.sample_set import TokenView, digests_of, measure
+from eft.data.store import TokenStore, as_token_dataset, open_store, write_store
+from eft.data.store_writer import StoreWriter
 
 
 def a_sample(rng: np.random.Generator, length: int, weighted: bool = False) -> TokenSample:
@@ -44,11 +46,11 @@ def assert_equal(found: TokenSample, expected: TokenSample) -> None:
 
 
 @pytest.mark.parametrize("weighted_every", [0, 3])
-@pytest.mark.parametrize("batch_rows", [1, 7, 1 << 16])
+@pytest.mark.parametrize("shard_blocks", [1, 7, 64])
 def test_samples_come_back_as_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_rows: int, weighted_every: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard_blocks: int, weighted_every: int
 ) -> None:
-    monkeypatch.setattr(store_module, "_BATCH_ROWS", batch_rows)
+    monkeypatch.setattr(store_writer, "SHARD_BLOCKS", shard_blocks)
     samples = samples_of(50, weighted_every=weighted_every)
     store = stored(tmp_path / "s", samples)
     assert len(store) == 50
@@ -161,14 +163,76 @@ def test_the_same_samples_give_the_same_files(tmp_path: Path) -> None:
 def test_conversations_are_kept_beside_the_tokens(tmp_path: Path) -> None:
     sample = samples_of(1)[0]
     with StoreWriter(tmp_path) as writer:
-        writer.add("f", 1, sample, '{"messages": [{"role": "user", "content": "hé"}], "tools": null}')
-        writer.add("f", 2, sample)
-        writer.finish({"note": "kept"})
+        text = '{"messages": [{"role": "user", "content": "hé"}], "tools": null}'.encode()
+        writer.append(encode_samples("f", [StoredSample(1, 1, sample, text), StoredSample(2, 2, sample, None)]), dict)
+        writer.finish({"note": "kept"}, {})
     store = open_store(tmp_path)
     assert store.meta["note"] == "kept"
     assert store.conversation(0) == {"messages": [{"role": "user", "content": "hé"}], "tools": None}
     assert store.conversation(1) is None
     assert store.select([0]).conversation(0) == store.conversation(0)
+
+
+@settings(max_examples=30, deadline=None)
+@given(lengths=st.lists(st.integers(1, 9), max_size=12), seed=st.integers(0, 9), every=st.integers(0, 3))
+def test_a_block_measures_its_samples_as_one_by_one(lengths: list[int], seed: int, every: int) -> None:
+    rng = np.random.default_rng(seed)
+    samples = [a_sample(rng, length, bool(every) and index % every == 0) for index, length in enumerate(lengths)]
+    rows = encode_samples("f", [StoredSample(i, i, sample, None) for i, sample in enumerate(samples)])
+    measured = [measure(sample) for sample in samples]
+    assert rows.columns["trainable_counts"].tolist() == [count for count, _ in measured]
+    np.testing.assert_allclose(rows.columns["weight_sums"], [weight for _, weight in measured], rtol=1e-12)
+    digests = [digests_of(sample) for sample in samples]
+    found = zip(rows.columns["id_digests"], rows.columns["sample_digests"], strict=True)
+    assert [(a.ljust(16, b"\0"), b.ljust(16, b"\0")) for a, b in found] == digests
+
+
+def append_all(writer: StoreWriter, samples: list[TokenSample]) -> None:
+    """One block per sample; the state is the number of the block."""
+    for number in range(writer.num_blocks, len(samples)):
+        block = encode_samples("f", [StoredSample(number, number, samples[number], None)])
+        writer.append(block, lambda number=number: {"after": number})  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("damage", ["nothing", "cut", "changed", "no manifest", "half a line", "a stray file"])
+def test_an_unfinished_store_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
+    monkeypatch.setattr(store_writer, "SHARD_BLOCKS", 4)
+    samples = samples_of(14, weighted_every=3)
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    for folder, kept in ((straight, samples), (killed, samples[:11])):
+        folder.mkdir()
+        with StoreWriter(folder) as writer:
+            append_all(writer, kept)
+            if folder == straight:
+                writer.finish({}, {})
+    second = killed / "tokens-00001.arrow"
+    manifest = killed / "manifest.jsonl"
+    expected_blocks = 8
+    if damage == "cut":
+        second.write_bytes(second.read_bytes()[:-1])
+        expected_blocks = 4
+    elif damage == "changed":
+        content = bytearray(second.read_bytes())
+        content[len(content) // 2] ^= 1
+        second.write_bytes(content)
+        expected_blocks = 4
+    elif damage == "no manifest":
+        manifest.unlink()
+        expected_blocks = 0
+    elif damage == "half a line":
+        manifest.write_bytes(manifest.read_bytes()[:-30])
+        expected_blocks = 4
+    elif damage == "a stray file":
+        (killed / "lengths.npy").write_bytes(b"old")
+    with StoreWriter(killed) as writer:
+        assert writer.num_blocks == expected_blocks
+        assert writer.state == ({"after": expected_blocks - 1} if expected_blocks else None)
+        append_all(writer, samples)
+        writer.finish({}, {})
+    names = sorted(path.name for path in straight.iterdir())
+    assert names == sorted(path.name for path in killed.iterdir())
+    for name in names:
+        assert (straight / name).read_bytes() == (killed / name).read_bytes(), name
 
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
@@ -185,8 +249,8 @@ def test_damaged_and_foreign_folders_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not a token store"):
         open_store(tmp_path)
     store = stored(tmp_path / "s", samples_of(3))
-    (store.path / "tokens.arrow").write_bytes(b"short")
-    with pytest.raises(DataError, match=r"tokens\.arrow"):
+    (store.path / "tokens-00000.arrow").write_bytes(b"short")
+    with pytest.raises(DataError, match=r"tokens-00000\.arrow"):
         open_store(store.path)
 
 

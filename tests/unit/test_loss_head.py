@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from eft.loss import head
+from eft.loss import objectives
 from eft.loss.head import trainable_token_loss
 
 
@@ -21,7 +21,7 @@ def draw(rows: int = 50, vocabulary: int = 300, dtype: torch.dtype = torch.float
 
 @pytest.fixture(params=[1, 1000, 1 << 19], ids=["row by row", "uneven chunks", "one chunk"])
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(head, "_CHUNK_ELEMENTS_CPU", request.param)
+    monkeypatch.setattr(objectives, "_BLOCK_ELEMENTS_CPU", request.param)
     return int(request.param)
 
 
@@ -118,10 +118,10 @@ class _LargestOutput(TorchDispatchMode):
 
 
 def test_one_buffer_of_the_logits_dtype_and_chunks_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head, "_CHUNK_ELEMENTS_CPU", 3000)
+    monkeypatch.setattr(objectives, "_BLOCK_ELEMENTS_CPU", 3000)
     logits, targets, _ = draw(200, 1000, torch.bfloat16)
     with _LargestOutput() as record:
         trainable_token_loss(logits, targets).backward()
     sizes = sorted(record.sizes)
     assert sizes[-1] == 200 * 1000 * 2, "the gradient, in bf16"
-    assert sizes[-2] <= 3000 * 4, "everything else is a chunk in fp32"
+    assert sizes[-2] <= 3000 * 4 * torch.get_num_threads(), "everything else is a chunk in fp32"

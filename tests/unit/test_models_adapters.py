@@ -21,7 +21,7 @@ from eft.models.adapters import (
     set_dtypes,
     trained_base_parameters,
 )
-from eft.models.load import describe_model
+from eft.models.load import base_dtype, describe_model
 from tests.tiny_models import HIDDEN_SIZE, VOCAB_SIZE, tiny_model
 
 # peft reads a property that transformers has renamed; theirs to mend.
@@ -234,6 +234,28 @@ def test_dtypes_of_a_partly_frozen_model() -> None:
     assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
     assert {parameter.dtype for parameter in _trained(model).values()} == {torch.float32}
     assert len(_trained(model)) == 2
+
+
+@pytest.mark.parametrize("fp32_gradients", [False, True])
+def test_dtypes_of_pure_bf16(fp32_gradients: bool) -> None:
+    model = tiny_model("llama", tie_word_embeddings=True)
+    apply_freezing(model, FreezingConfig(unfrozen_parameters=["model.embed_tokens", "model.norm"]))
+    set_dtypes(model, pure_bf16=True, fp32_gradients=fp32_gradients)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert base_dtype(model) == torch.bfloat16, "it is saved as it is"
+    model(input_ids=torch.tensor([[1, 2, 3]])).logits.sum().backward()
+    dtypes = {parameter.grad.dtype for parameter in _trained(model).values() if parameter.grad is not None}
+    assert dtypes == {torch.float32 if fp32_gradients else torch.bfloat16}
+
+
+def test_what_a_family_keeps_in_fp32_stays() -> None:
+    model = tiny_model("llama").to(torch.bfloat16)
+    model.config.dtype = torch.bfloat16
+    model.model.norm.float()
+    set_dtypes(model, pure_bf16=True)
+    assert model.model.norm.weight.dtype == torch.float32
+    assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
 
 
 def test_an_adapted_model_is_described_by_its_base() -> None:

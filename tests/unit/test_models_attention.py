@@ -28,7 +28,8 @@ from eft.models.attention import (
     packed_forward,
     packing_support,
 )
-from eft.models.document_attention import AttentionCall, document_attention, record_attention
+from eft.models.attention_record import AttentionCall, record_attention
+from eft.models.document_attention import document_attention
 from eft.models.probes import boundary_probe
 from tests.tiny_models import VOCAB_SIZE, WINDOW, tiny_model
 
@@ -36,10 +37,10 @@ from tests.tiny_models import VOCAB_SIZE, WINDOW, tiny_model
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 NATIVE_FAMILIES = [
-    "llama", "qwen2", "qwen3", "qwen3_moe", "mistral", "gemma2", "gemma3_text", "phi3", "olmo2", "gpt_neox", "smollm3",
-    "granite", "cohere2", "gpt_oss", "llama4_text",
+    "llama", "qwen2", "qwen3", "qwen3_moe", "mistral", "mixtral", "deepseek_v3", "gemma2", "gemma3_text", "phi3",
+    "olmo2", "gpt_neox", "smollm3", "granite", "cohere2", "gpt_oss", "llama4_text",
 ]  # fmt: skip
-WITH_EXPERTS = {"qwen3_moe", "gpt_oss"}
+WITH_EXPERTS = {"qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss"}
 LENGTHS = (5, 1, 9, 5, 12)
 """Equal and unequal documents, one of a single token, some longer than the window."""
 BLIND = "test_ignores_boundaries"
@@ -257,7 +258,7 @@ def test_real_windows_are_longer_than_the_probe() -> None:
 def test_layers_that_cannot_use_boundaries_get_a_prebuilt_mask(family: str, reason: str) -> None:
     model = tiny_model(family)
     install_attention(model, PACKED_ATTENTION)
-    support = packing_support(model)
+    support = packing_support(model, longest_row=512)
     assert (support.mode, support.leak) == ("mask", 0.0)
     assert reason in support.reason
 

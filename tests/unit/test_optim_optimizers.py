@@ -10,6 +10,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from eft.config.optim import OptimConfig, OptimizerName
 from eft.core.errors import CheckpointError, ConfigError, ModelError
@@ -446,3 +447,35 @@ def test_bf16_averages_are_worked_out_in_fp32() -> None:
         assert average.dtype == torch.bfloat16
         # half a unit in the last place of bf16, plus fp32's own error
         assert torch.all((average.double() - expected).abs() <= expected.abs() * 2**-8 * 1.01 + 1e-7)
+
+
+class KernelNames(TorchDispatchMode):
+    """Writes down which of torch's kernels run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(str(func.name()))
+        return func(*args, **(kwargs or {}))
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("bf16_update", [None, "stochastic_rounding", "fp32_master"])
+def test_the_default_is_the_fused_kernel(bf16_update: Any, device: str) -> None:
+    model = Small().to(device)
+    if bf16_update is not None:
+        model.bfloat16()
+    cfg = OptimConfig(learning_rate=0.1)
+    assert cfg.optimizer == "adamw_torch_fused"
+    optimizer = build_optimizer(cfg, model, bf16_update=bf16_update)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    with KernelNames() as kernels:
+        optimizer.step()
+    assert any(name.startswith("aten::_fused_adamw_") for name in kernels.names)
+    assert not any("addcdiv" in name for name in kernels.names), "the unfused update ran"

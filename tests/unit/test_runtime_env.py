@@ -55,13 +55,18 @@ def test_contradictory_variables(variables: dict[str, str], message: str) -> Non
         ({"bf16": True}, OLD_CPU, torch.bfloat16, "slower than fp32"),
         ({"fp16": True}, CUDA, torch.float16, "fp16: true"),
         ({"fp16": True, "bf16": False}, OLD_CUDA, torch.float16, "fp16: true"),
+        ({"bfloat16": True}, CPU, torch.bfloat16, "bfloat16: true, updates by stochastic rounding"),
+        ({"bfloat16": True, "bf16_update": "fp32_master"}, CUDA, torch.bfloat16, "updates by fp32 master"),
+        ({"bfloat16": True}, OLD_CPU, torch.bfloat16, "slower than fp32"),
     ],
 )
 def test_precision(keys: dict[str, Any], env: Environment, dtype: torch.dtype, reason: str) -> None:
     precision = resolve_precision(TrainingConfig(**keys), env)
     assert precision.compute_dtype == dtype
     assert reason in precision.reason
-    assert precision.autocast == (dtype != torch.float32)
+    assert precision.pure == ("bfloat16" in keys)
+    assert precision.autocast == (dtype != torch.float32 and not precision.pure)
+    assert precision.autocast_dtype == (dtype if precision.autocast else torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -70,6 +75,7 @@ def test_precision(keys: dict[str, Any], env: Environment, dtype: torch.dtype, r
         ({"fp16": True, "bf16": True}, CUDA, "fp16: `bf16: true` is set too"),
         ({"fp16": True}, CPU, "fp16: needs CUDA, but the device is cpu"),
         ({"bf16": True}, OLD_CUDA, "bf16: the GPU does not compute bf16 natively; set `bf16: false`"),
+        ({"bfloat16": True}, OLD_CUDA, "bfloat16: the GPU does not compute bf16 natively; remove it"),
     ],
 )
 def test_refused_precision(keys: dict[str, Any], env: Environment, message: str) -> None:

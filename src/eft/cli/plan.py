@@ -18,13 +18,21 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
     allow_unsupported: AllowUnsupported = False,
 ) -> None:
-    """Show steps, fill, tokens per step, learning-rate curve, saves and evaluations of a run. Loads no model."""
+    """Show steps, fill, tokens per step, learning-rate curve, saves and evaluations of a run. Loads no model.
+
+    With several processes also how long they will wait for the slowest one, by the model's shape.
+    """
     loaded = open_config(config, overrides, allow_unsupported=allow_unsupported)
     set_up_logging()
     quiet_libraries()
+    from dataclasses import asdict
+
     from eft import run
     from eft.builder import flow_rules
+    from eft.data.balance import expected_balance
+    from eft.models.cost import attention_cost_ratio
     from eft.optim.schedulers import learning_rates
+    from eft.parallel.plan import batch_of
     from eft.report.terminal import curve, quantities_table
     from eft.start_table import plan_rows
     from eft.trainer.flow import make_flow
@@ -33,9 +41,17 @@ def plan(
     meta = run.load_datasets(settings)
     steps = run.plan_of(settings, meta.train_dataset, world_size)
     flow = make_flow(flow_rules(settings), steps.epoch_ends, steps.total_steps, meta.eval_dataset is not None)
+    balance = None
+    if world_size > 1:
+        per_rank = batch_of(settings, world_size).accumulation * settings.micro_batch_size
+        balance = expected_balance(steps, attention_cost_ratio(settings), world_size, per_rank)
     if as_json:
-        saves, evaluations = sorted(flow.save_at), sorted(flow.evaluate_at)
-        typer.echo(json.dumps({**steps.summary(), "saves": saves, "evaluations": evaluations}, indent=2))
+        extra = {
+            "saves": sorted(flow.save_at),
+            "evaluations": sorted(flow.evaluate_at),
+            "balance": None if balance is None else asdict(balance),
+        }
+        typer.echo(json.dumps({**steps.summary(), **extra}, indent=2))
         return
-    console.print(quantities_table("Plan", plan_rows(settings, steps, flow, meta, world_size)))
+    console.print(quantities_table("Plan", plan_rows(settings, steps, flow, meta, world_size, balance)))
     console.print(curve("learning rate", learning_rates(settings, steps.total_steps)))

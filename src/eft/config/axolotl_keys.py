@@ -19,7 +19,9 @@ class Foreign(NamedTuple):
 RENAMED = {
     "scheduler": "lr_scheduler",
     "batch_size": "global_batch_size",
+    "dataset_num_proc": "dataset_processes",
     "evaluation_strategy": "eval_strategy",
+    "liger_swiglu": "liger_glu_activation",
 }
 """Spellings that mean exactly one of our keys. Axolotl's `batch_size` is micro-batch × accumulation × devices."""
 
@@ -114,16 +116,17 @@ AXOLOTL_KEYS: dict[str, Foreign] = {
     ),
     **_keys(
         _KERNEL,
-        "liger_rope liger_rms_norm liger_rms_norm_gated liger_layer_norm liger_swiglu liger_glu_activation "
-        "flash_attn_rms_norm flash_attn_fuse_mlp lora_mlp_kernel lora_qkv_kernel lora_o_kernel lora_embedding_kernel "
-        "unsloth_cross_entropy_loss unsloth_lora_mlp unsloth_lora_qkv unsloth_lora_o unsloth_rms_norm unsloth_rope "
+        "liger_rms_norm_gated liger_layer_norm "
+        "flash_attn_rms_norm flash_attn_fuse_mlp unsloth_cross_entropy_loss unsloth_rms_norm unsloth_rope "
         "use_kernels experts_implementation use_scattermoe use_sonicmoe tiled_mlp tiled_mlp_num_shards",
         tiled_mlp_use_original_mlp=True,
     ),
     **_keys(
-        "compilation is not offered: remove it",
-        "torch_compile torch_compile_backend torch_compile_mode torch_compile_options",
+        "remove it: eft has no fused adapter kernels; `torch_compile: true` fuses what surrounds their products",
+        "lora_mlp_kernel lora_qkv_kernel lora_o_kernel lora_embedding_kernel unsloth_lora_mlp unsloth_lora_qkv "
+        "unsloth_lora_o",
     ),
+    **_keys("remove it: `torch_compile_backend` and `torch_compile_mode` are the options", "torch_compile_options"),
     **_keys(
         "not offered: it changes the model or the loss",
         "scaling_softmax scaling_softmax_factor scaling_softmax_bias use_eaft neftune_noise_alpha "
@@ -133,7 +136,6 @@ AXOLOTL_KEYS: dict[str, Foreign] = {
         eaft_k=20,
     ),
     # Precision and quantisation
-    **_keys("use `bf16: true`: weights that are trained stay fp32, products run in bf16", "bfloat16"),
     **_keys("use `fp16: true`, or better `bf16: true`", "float16"),
     **_keys("use `bf16: false`", "float32"),
     **_keys(
@@ -144,9 +146,8 @@ AXOLOTL_KEYS: dict[str, Foreign] = {
     ),
     **_keys("remove it: eft never casts norms behind your back", "fp32_norms fp32_norm_classes embeddings_skip_upcast"),
     # Memory
-    **_keys("selective recomputation is not offered: use `gradient_checkpointing: true`", "selective_checkpointing"),
     **_keys("streaming of frozen layers is not offered: use `activation_offloading: true`", "layer_offloading"),
-    **_keys("remove it: eft frees what it no longer needs", "gc_steps gc_collect_steps torch_empty_cache_steps"),
+    **_keys("remove it: eft frees what it no longer needs", "gc_steps gc_collect_steps"),
     # Distribution
     **_keys(
         _SHARD,
@@ -205,7 +206,7 @@ AXOLOTL_KEYS: dict[str, Foreign] = {
         lisa_layers_attribute="model.layers",
     ),
     # Data
-    **_keys(_CACHE, "dataset_keep_in_memory dataset_processes dataset_num_proc num_dataset_shards_to_save"),
+    **_keys(_CACHE, "dataset_keep_in_memory num_dataset_shards_to_save"),
     **_keys(
         _STREAM,
         "pretraining_dataset streaming pretrain_multipack_buffer_size pretraining_sample_concatenation "
@@ -219,11 +220,6 @@ AXOLOTL_KEYS: dict[str, Foreign] = {
     **_keys("remove it: `shuffle_merged_datasets` shuffles all samples together", "shuffle_before_merging_datasets"),
     **_keys("remove it: held-out samples obey `sequence_len` too", "eval_sequence_len max_prompt_len"),
     **_keys("write it into the template or the rows", "default_system_message"),
-    **_keys("not offered: write the values into the template (`chat_template: jinja`)", "chat_template_kwargs"),
-    **_keys(
-        "remove it: the end of each turn is found from the template; `train_on_eos` says which are trained",
-        "eot_tokens",
-    ),
     # Batches
     **_keys("remove it: set `micro_batch_size`; memory is the same in every step", "auto_find_batch_size"),
     **_keys(
@@ -234,7 +230,6 @@ AXOLOTL_KEYS: dict[str, Foreign] = {
         "remove it: the planner packs all samples at once and needs no tuning",
         "sample_packing_mp_start_method multipack_real_batches pad_to_multiple_of",
         sample_packing_group_size=100000,
-        sample_packing_bin_size=200,
     ),
     **_keys(_DETERMINED, "dataloader_prefetch_factor remove_unused_columns"),
     **_keys("remove it: every sample is trained once per epoch; none is dropped", "dataloader_drop_last"),
@@ -337,13 +332,7 @@ AXOLOTL_DATASET_KEYS: dict[str, Foreign] = {
     **_keys("write `message_property_mappings: {content: …}`", "message_field_content"),
     **_keys("use `type: chat_template` with `field_messages` and `message_property_mappings`", "conversation"),
     **_keys("use `type: chat_template` with `roles`", "field_human field_model"),
-    **_keys("write `message_property_mappings: {reasoning_content: …}`", "field_thinking template_thinking_key"),
-    **_keys(
-        "not offered: `roles_to_train` chooses what is trained", "message_field_training message_field_training_detail"
-    ),
-    **_keys("not offered: remove it", "split_thinking drop_system_message logprobs_field temperature"),
-    **_keys("use `train_on_eos`", "train_on_eot"),
-    **_keys("write the path of the template file as `chat_template`", "chat_template_jinja"),
+    **_keys("not offered: remove it", "logprobs_field temperature"),
     **_keys("use `type: package.module:function`", "input_transform input_format"),
     **_keys("code from data sets is never run: convert the data to JSONL or Parquet", "trust_remote_code"),
     **_keys("use `field`", "text_column"),

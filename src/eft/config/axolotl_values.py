@@ -7,8 +7,32 @@ from typing import Any
 
 _LION = "`lion_pytorch` is the Lion of eft"
 _ADAMW = "use `adamw_torch_fused`: eft keeps optimizer state in fp32"
-_PLAIN_TEMPLATE = "use `tokenizer_default` (the template that comes with the model), `chatml`, or a Jinja file's path"
-_TYPED_FORMAT = "use `alpaca` with `field_*`, `chat_template` with `field_messages`, or `package.module:function`"
+_PLAIN_TEMPLATE = (
+    "use `tokenizer_default` (the template that comes with the model), a built-in one (docs/templates.md), such as "
+    "`chatml`, or a Jinja file's path"
+)
+_TYPED_FORMAT = (
+    "use `alpaca` with `field_*`, `chat_template` with `field_messages`, a mapping with a prompt (`format`, …), "
+    "or `package.module:function`"
+)
+_OWN_PROMPT = "write the prompt as a mapping: `type: {format: …, no_input_format: …, field_instruction: …}`"
+
+REFUSED_FORMATS = {
+    "llama2_chat": "use `type: sharegpt` with `chat_template: llama2`",
+    "creative_acr": "use `creative_acr.load_answer`",
+    "creative_acr.load_critique": _OWN_PROMPT,
+    "creative_acr.load_revise": _OWN_PROMPT,
+    "reflection:chat": "use `reflection`: in the chat wording the corrected answer would not be trained",
+    "messages": "use `chat_template`",
+    "messages.chat": "use `chat_template`",
+    "stepwise_supervised": "eft does supervised fine-tuning only: process rewards are not offered",
+    "bradley_terry": "eft does supervised fine-tuning only: reward models are not offered",
+    "_synthetic": "write random rows to a file: `{input_ids: […], labels: […]}`, without `type`",
+    "alpaca_chat.load": "use `alpaca_chat`",
+    "alpaca_instruct.load": "use `alpaca_instruct`",
+    "alpaca_w_system.load": "use `alpaca_w_system`",
+}
+"""Values of `type` that Axolotl has and eft has not."""
 
 _VALUES: dict[str, dict[Any, str]] = {
     "adapter": {
@@ -46,15 +70,21 @@ _VALUES: dict[str, dict[Any, str]] = {
         "unsloth": "use `true`, with `activation_offloading: true`",
     },
     "tf32": {"auto": "use `true`, or leave the key out: eft leaves it off"},
-    "bf16": {"full": "use `true`: weights that are trained stay fp32"},
+    "bf16": {"full": "use `bfloat16: true`, for weights in bf16 too"},
+    "torch_compile": {"auto": "use `true`"},
+    "torch_compile_mode": {
+        "reduce-overhead": "use `default`: a CUDA graph serves rows of one length only",
+        "max-autotune": "use `max-autotune-no-cudagraphs`: a CUDA graph serves rows of one length only",
+    },
+    "type": REFUSED_FORMATS,
     "train_on_eos": {"false": "use `none`", "true": "use `turn`"},
 }
 
 
 def value_advice(key: str, value: Any) -> str | None:
     """What to write instead of a value that Axolotl accepts and eft does not; None when there is nothing to say."""
-    if key == "type" and isinstance(value, dict):
-        return "put its `field_*` keys into the entry itself, with `type: alpaca`"
+    if key == "selective_checkpointing" and isinstance(value, dict):
+        return "write the list of its `save`: `[attention]`, or `[attention, matmul]`"
     if key in ("datasets", "test_datasets") and isinstance(value, (list, str)):
         paths = value if isinstance(value, list) else [value]
         return f"write `- path: {paths[0]}`" if paths and isinstance(paths[0], str) else None

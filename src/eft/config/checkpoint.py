@@ -21,6 +21,9 @@ class CheckpointConfig(Section):
     saves_per_epoch: int | None = key(None, "Checkpoints per epoch; excludes `save_steps`.", ge=1)
     save_first_step: bool = key(False, "Write a checkpoint after the first step.")
     save_total_limit: int = key(4, "Keep the newest N checkpoints and the best one; 0 keeps all.", ge=0)
+    save_asynchronously: bool = key(
+        True, "Copy the state within memory, and write the checkpoint beside the next steps; off: write, then go on."
+    )
     save_only_model: bool = key(False, "Leave optimizer and RNG out of checkpoints; they cannot be resumed.")
     save_dtype: Literal["float32", "bfloat16", "float16"] | None = key(
         None, "Dtype of the export; default: the base checkpoint's."

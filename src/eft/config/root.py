@@ -7,7 +7,9 @@ from collections.abc import Callable
 from eft.config.checkpoint import CheckpointConfig
 from eft.config.data import DataConfig
 from eft.config.evaluation import EvaluationConfig
+from eft.config.kernels import KernelConfig
 from eft.config.logging import LoggingConfig
+from eft.config.loss import LossConfig
 from eft.config.memory import MemoryConfig
 from eft.config.model import AdapterConfig, FreezingConfig, ModelConfig
 from eft.config.optim import OptimConfig
@@ -23,6 +25,8 @@ class TrainConfig(
     DataConfig,
     PackingConfig,
     TrainingConfig,
+    LossConfig,
+    KernelConfig,
     OptimConfig,
     MemoryConfig,
     CheckpointConfig,

@@ -6,20 +6,16 @@ A rule that looks at a key which is itself wrong is not believed: `rule_problems
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator
-from typing import get_args
+from collections.abc import Collection, Iterator
 
-from eft.config.axolotl_values import value_advice
-from eft.config.data import FORMATS, DatasetConfig
+from eft.config.data_rules import DATASET_RULES, TEMPLATE_RULES
+from eft.config.memory_rules import MEMORY_RULES
+from eft.config.packing_rules import PACKING_RULES
+from eft.config.precision_rules import PRECISION_RULES
 from eft.config.root import Rule, TrainConfig
 from eft.config.section import Section
 from eft.config.source import KeyPath, dotted
-from eft.core.errors import nearest
 
-DatasetRule = Callable[[DatasetConfig], tuple[str, str] | None]
-"""Looks at one entry of `datasets` or `test_datasets`; returns (key, what is wrong and what to do), or None."""
-
-_BUILT_IN_TEMPLATES = ("tokenizer_default", "chatml", "jinja")
 _ROW_RANGE = re.compile(r"\[\d*:\d*\]$")
 
 
@@ -69,26 +65,6 @@ def held_out_rows_are_whole(config: TrainConfig) -> tuple[str, str] | None:
     if config.val_set_size > 1 and config.val_set_size != int(config.val_set_size):
         return "val_set_size", f"`val_set_size: {config.val_set_size:g}`: a share is below 1, a number of rows is whole"
     return None
-
-
-def template_text_needs_jinja(config: TrainConfig) -> tuple[str, str] | None:
-    if config.chat_template_jinja is not None and config.chat_template != "jinja":
-        return (
-            "chat_template_jinja",
-            "`chat_template_jinja`: not used because `chat_template` is not `jinja`; set `chat_template: jinja`",
-        )
-    return None
-
-
-def jinja_needs_template_text(config: TrainConfig) -> tuple[str, str] | None:
-    if config.chat_template == "jinja" and config.chat_template_jinja is None:
-        return "chat_template", "`chat_template: jinja`: needs `chat_template_jinja` (the template's text or file)"
-    return None
-
-
-def template_is_known(config: TrainConfig) -> tuple[str, str] | None:
-    text = _unknown_template(config.chat_template)
-    return ("chat_template", text) if text else None
 
 
 def shortest_below_longest(config: TrainConfig) -> tuple[str, str] | None:
@@ -314,67 +290,10 @@ def _whole_steps(name: str, value: float | None) -> tuple[str, str] | None:
     return None
 
 
-# One data set
-
-
-def format_is_known(entry: DatasetConfig) -> tuple[str, str] | None:
-    known: tuple[str, ...] = get_args(FORMATS)
-    if entry.type is None or entry.type in known or re.fullmatch(r"[\w.]+:[\w.]+", entry.type):
-        return None
-    close = nearest(entry.type, known)
-    advice = f"did you mean `{close}`?" if close else value_advice("type", entry.type)
-    return (
-        "type",
-        f"`type: {entry.type}`: expected one of {', '.join(known)}, or `package.module:function`; {advice}",
-    )
-
-
-def keys_fit_format(entry: DatasetConfig) -> tuple[str, str] | None:
-    type_, changed = entry.type, entry.changed_keys()
-    if type_ is not None and ":" in type_:
-        return None  # a user's function may read any of them
-    for name, format_name in _FORMAT_OF_KEYS.items():
-        if name in changed and type_ != format_name:
-            return name, f"`{name}`: only used with `type: {format_name}`, not with `{type_}`; remove it"
-    return None
-
-
-def own_template_is_known(entry: DatasetConfig) -> tuple[str, str] | None:
-    text = _unknown_template(entry.chat_template) if entry.chat_template is not None else None
-    return ("chat_template", text) if text else None
-
-
-def _unknown_template(value: str) -> str | None:
-    """A word that is neither a built-in name nor looks like a path."""
-    if value in _BUILT_IN_TEMPLATES or "/" in value or "." in value:
-        return None
-    close = nearest(value, _BUILT_IN_TEMPLATES)
-    return f"`chat_template: {value}`: {f'did you mean `{close}`?' if close else value_advice('chat_template', value)}"
-
-
-_FORMAT_OF_KEYS = {
-    "field_messages": "chat_template",
-    "message_property_mappings": "chat_template",
-    "roles": "chat_template",
-    "field_tools": "chat_template",
-    "roles_to_train": "chat_template",
-    "train_on_eos": "chat_template",
-    "chat_template": "chat_template",
-    "field": "completion",
-    "field_system": "alpaca",
-    "field_instruction": "alpaca",
-    "field_input": "alpaca",
-    "field_output": "alpaca",
-    "field_segments": "input_output",
-}
-"""Keys that only one format reads, with that format."""
-
 RULES: tuple[Rule, ...] = (
     one_source_of_held_out_data,
     held_out_rows_are_whole,
-    template_text_needs_jinja,
-    jinja_needs_template_text,
-    template_is_known,
+    *TEMPLATE_RULES,
     shortest_below_longest,
     one_half_precision,
     global_batch_divides,
@@ -395,6 +314,7 @@ RULES: tuple[Rule, ...] = (
     evaluation_needs_data,
     evaluation_is_not_off,
     a_loss_gets_better_downwards,
+    *MEMORY_RULES,
+    *PRECISION_RULES,
+    *PACKING_RULES,
 )
-
-DATASET_RULES: tuple[DatasetRule, ...] = (format_is_known, keys_fit_format, own_template_is_known)

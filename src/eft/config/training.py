@@ -24,6 +24,16 @@ class TrainingConfig(Section):
         "bf16 autocast over fp32 trainable weights; `auto`: where the device computes bf16 natively.",
         axolotl="Axolotl keeps weights and optimizer state in bf16 too, and `auto` can become fp16.",
     )
+    bfloat16: bool = key(
+        False,
+        "Weights and gradients in bf16 too, without autocast; `bf16_update` keeps small updates from being lost.",
+        axolotl="Axolotl rounds every update to the nearest bf16 number, which loses the small ones.",
+    )
+    bf16_update: Literal["stochastic_rounding", "fp32_master"] = key(
+        "stochastic_rounding",
+        "How fp32 updates reach bf16 weights: rounded up or down at random, right on average; or kept in an fp32 copy.",
+        used_when="bfloat16",
+    )
     fp16: bool = key(False, "fp16 autocast with loss scaling over fp32 trainable weights (CUDA).")
     tf32: bool = key(False, "TensorFloat-32 matrix products for what stays fp32 (CUDA).")
     deterministic: bool = key(False, "Deterministic kernels only: bit-equal repeats on CUDA, at some cost.")

@@ -78,6 +78,18 @@ def new_folder(target: Path) -> Iterator[Path]:
     fsync_path(target.parent)
 
 
+def commit_folder(folder: Path, target: Path) -> None:
+    """Make a finished folder durable and rename it to `target`; one that is there already is kept instead."""
+    fsync_tree(folder)
+    try:
+        folder.rename(target)
+    except OSError:
+        if not target.is_dir():
+            raise
+        shutil.rmtree(folder)
+    fsync_path(target.parent)
+
+
 def fsync_tree(folder: Path) -> None:
     """fsync every file and folder below `folder`, then `folder` itself."""
     for root, _, names in os.walk(folder, topdown=False):

@@ -31,6 +31,8 @@ class Segment:
 
     text: str
     train: bool
+    num_eos: int = 0
+    """EOS tokens that follow the text, trained where the text is; one that the text itself ends with counts."""
 
 
 @dataclass(frozen=True)

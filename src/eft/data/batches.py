@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch.utils.data import DataLoader
 
@@ -12,6 +12,7 @@ from eft.core.errors import DataError
 from eft.core.records import TokenDataset
 from eft.data.collators import Collator
 from eft.data.loader import build_eval_loader, build_train_loader
+from eft.data.packing import Strategy
 from eft.data.plan import Plan, build_eval_plan, build_plan
 from eft.data.sample_set import SampleSet
 from eft.data.store import as_token_dataset
@@ -27,6 +28,11 @@ class BatchSource:
     packed: bool
     eval_packed: bool
     sequential: bool
+    strategy: Strategy | Literal["auto"]
+    bin_samples: int | None
+    """Most samples of a bin."""
+    balance_buffer: int | None
+    """Steps among which bins are sorted by cost."""
     shuffle: bool
     seed: int
     num_epochs: float
@@ -68,6 +74,10 @@ class BatchSource:
             max_steps=self.max_steps,
             total_num_steps=total_num_steps,
             seed=self.seed,
+            strategy=self.strategy,
+            bin_samples=self.bin_samples,
+            balance_buffer=self.balance_buffer,
+            cost_ratio=self.attention_cost_ratio,
         )
 
     def train_loader(self, plan: Plan, cursor: Callable[[], int]) -> DataLoader[Any]:

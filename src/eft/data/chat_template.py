@@ -1,108 +1,123 @@
-"""Conversations → ids and labels, with masks that come from the template's structure.
+"""Which Jinja text renders conversations: the tokenizer's own, a built-in one, a file; with the run's variables in it.
 
-The whole text is tokenised once, so the ids are those of `apply_chat_template`; a token is trained where its characters
-overlap a trained span.
+Variables and the date are written into the text, so that one text says all there is to say: it is what trains, what is
+saved with the tokenizer and what a server renders.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from datetime import date
+from functools import cache
+from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jinja2
-import numpy as np
+from jinja2 import nodes
 from transformers import PreTrainedTokenizerBase
 
-from eft.core.constants import IGNORE_INDEX
+from eft.config.data import DataConfig, DatasetConfig
+from eft.config.templates import BUILT_IN_TEMPLATES, FALLBACK
 from eft.core.errors import DataError, nearest
-from eft.core.records import Message, TokenSample
-from eft.data.formats import Example
-from eft.data.turns import RENDER_ERRORS, Layout, Span, TokenizerFacts, UnprovableError
+from eft.core.records import Message
+from eft.data.jinja_environment import parse_template
+from eft.data.token_facts import TokenizerFacts
+from eft.data.turns import RENDER_ERRORS, Layout, UnprovableError
 
-TrainOnEos = Literal["turn", "all", "last", "none"]
-
-CHATML = """\
-{%- if tools %}
-    {{- '<|im_start|>system\\n' }}
-    {%- if messages[0]['role'] == 'system' %}
-        {{- messages[0]['content'] + '\\n\\n' }}
-    {%- endif %}
-    {{- 'You can call these functions:\\n<tools>' }}
-    {%- for tool in tools %}
-        {{- '\\n' + (tool | tojson) }}
-    {%- endfor %}
-    {{- '\\n</tools>\\nTo call one, answer with its name and arguments as JSON:\\n<tool_call>\\n' }}
-    {{- '{"name": …, "arguments": {…}}\\n</tool_call><|im_end|>\\n' }}
-{%- endif %}
-{%- for message in messages %}
-    {%- if not (tools and loop.first and message['role'] == 'system') %}
-        {{- '<|im_start|>' + message['role'] + '\\n' }}
-        {%- if message['reasoning_content'] %}
-            {{- '<think>\\n' + message['reasoning_content'] + '\\n</think>\\n\\n' }}
-        {%- endif %}
-        {{- message['content'] }}
-        {%- for call in message['tool_calls'] or [] %}
-            {{- '\\n' if message['content'] or not loop.first else '' }}
-            {{- '<tool_call>\\n{"name": ' + (call['function']['name'] | tojson) }}
-            {{- ', "arguments": ' + (call['function']['arguments'] | tojson) + '}\\n</tool_call>' }}
-        {%- endfor %}
-        {{- '<|im_end|>\\n' }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
-{%- endif %}
-"""
-"""The built-in `chatml`: ChatML, tool calls as JSON between `<tool_call>` tags, reasoning between `<think>` tags."""
+_CLOCK = "strftime_now"
 
 
-@dataclass(frozen=True)
-class Rejected:
-    """An example that gives no sample, and why; the reason does not repeat the file and row."""
-
-    reason: str
-
-
-# ---- choosing the template ----
+@cache
+def built_in_template(name: str) -> str:
+    """The text of one of BUILT_IN_TEMPLATES."""
+    return (resources.files("eft.data") / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
 
 
-def resolve_template(tokenizer: PreTrainedTokenizerBase, template: str, jinja: str | None) -> str:
-    """The Jinja text that `chat_template` (and `chat_template_jinja`) mean.
+def template_of(tokenizer: PreTrainedTokenizerBase, cfg: DataConfig, spec: DatasetConfig | None = None) -> str:
+    """The template of the run, or of one entry. Raises as `resolve_template`."""
+    chosen, jinja = cfg.chat_template, cfg.chat_template_jinja
+    if spec is not None and (spec.chat_template is not None or spec.chat_template_jinja is not None):
+        jinja = spec.chat_template_jinja
+        chosen = spec.chat_template or "jinja"
+    return resolve_template(
+        tokenizer,
+        chosen,
+        jinja if chosen == "jinja" else None,
+        variables=cfg.chat_template_kwargs,
+        day=cfg.chat_template_date,
+    )
+
+
+def resolve_template(
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    jinja: str | None,
+    *,
+    variables: Mapping[str, Any] | None = None,
+    day: str | None = None,
+) -> str:
+    """The Jinja text that `chat_template` (and the keys beside it) mean.
 
     Args:
         tokenizer: gives its own template for `tokenizer_default`.
-        template: `tokenizer_default`, `chatml`, `jinja`, or the path of a Jinja file.
+        template: `tokenizer_default`, a built-in name, `tokenizer_default_fallback_` and such a name, `jinja`, or the
+            path of a Jinja file.
         jinja: text or path of a file, with `jinja`.
+        variables: defaults of the template's variables.
+        day: `2025-01-31`, what a template that writes today's date takes for today.
 
     Raises:
-        DataError: the tokenizer has no template, no such file, or the text is not valid Jinja.
+        DataError: the tokenizer has no template or lacks its tokens, no such file, the text is not valid Jinja, it
+            writes today's date and `day` is not given, or a variable does not occur in it.
     """
-    if template == "tokenizer_default":
-        text = _own_template(tokenizer)
-    elif template == "chatml":
-        missing = [token for token in ("<|im_start|>", "<|im_end|>") if token not in tokenizer.get_vocab()]
-        if missing:
-            raise DataError(
-                f"chat_template: chatml needs {' and '.join(missing)} as tokens, which the tokenizer has not; add "
-                "`tokens: ['<|im_start|>', '<|im_end|>']`, or use another chat_template"
-            )
-        text = CHATML
-    elif template == "jinja":
-        if not jinja:
-            raise DataError("chat_template: jinja needs the text or file in `chat_template_jinja`")
-        is_text = "{" in jinja or "\n" in jinja
-        text = jinja if is_text else _template_file(jinja, "chat_template_jinja")
-    else:
-        text = _template_file(template, "chat_template")
+    text = _text_of(tokenizer, template, jinja)
+    tree = _parsed(text, template)
+    text = _with_date(text, tree, day, template)
+    text = _with_variables(text, tree, variables or {}, template)
     try:
         tokenizer.apply_chat_template([{"role": "user", "content": "x"}], chat_template=text, tokenize=False)
     except jinja2.TemplateSyntaxError as error:
-        problem = f"line {error.lineno} is not valid Jinja: {error.message}"
-        raise DataError(f"chat_template {template!r}: {problem}") from error
+        raise DataError(f"chat_template {template!r}: is not valid Jinja: {error.message}") from error
     except RENDER_ERRORS:
         pass  # the template refuses this one conversation; those of the rows are judged one by one
+    return text
+
+
+def _text_of(tokenizer: PreTrainedTokenizerBase, template: str, jinja: str | None) -> str:
+    if template == "tokenizer_default":
+        return _own_template(tokenizer)
+    if template.startswith(FALLBACK):
+        return (
+            _own_template(tokenizer)
+            if tokenizer.chat_template
+            else _built_in(tokenizer, template.removeprefix(FALLBACK))
+        )
+    if template == "jinja":
+        if not jinja:
+            raise DataError("chat_template: jinja needs the text or file in `chat_template_jinja`")
+        is_text = "{" in jinja or "\n" in jinja
+        return jinja if is_text else _template_file(jinja, "chat_template_jinja")
+    if template in BUILT_IN_TEMPLATES:
+        return _built_in(tokenizer, template)
+    return _template_file(template, "chat_template")
+
+
+def _built_in(tokenizer: PreTrainedTokenizerBase, name: str) -> str:
+    if name not in BUILT_IN_TEMPLATES:
+        raise DataError(f"chat_template: {name!r} is no built-in template; expected {', '.join(BUILT_IN_TEMPLATES)}")
+    vocabulary = tokenizer.get_vocab()
+    missing = [token for token in BUILT_IN_TEMPLATES[name] if token not in vocabulary]
+    if missing:
+        listed = ", ".join(f"'{token}'" for token in missing)
+        raise DataError(
+            f"chat_template: {name} needs {' and '.join(missing)} as tokens, which the tokenizer has not; add "
+            f"`tokens: [{listed}]`, or use another chat_template"
+        )
+    text = built_in_template(name)
+    for variable, value in (("bos_token", tokenizer.bos_token), ("eos_token", tokenizer.eos_token)):
+        if variable in text and not value:
+            raise DataError(f"chat_template: {name} needs a {variable}; set `special_tokens: {{{variable}: …}}`")
     return text
 
 
@@ -114,20 +129,109 @@ def _own_template(tokenizer: PreTrainedTokenizerBase) -> str:
         own = own["default"]
     if not own:
         raise DataError(
-            f"the tokenizer {tokenizer.name_or_path or ''} has no chat template of its own; expected `chat_template: "
-            "chatml` (which needs its <|im_start|> and <|im_end|> as tokens), or `jinja`, or a file"
+            f"the tokenizer {tokenizer.name_or_path or ''} has no chat template of its own; expected a built-in one, "
+            "such as `chat_template: chatml` (which needs its <|im_start|> and <|im_end|> as tokens), or `jinja`, or a "
+            "file"
         )
     return str(own)
 
 
 def _template_file(name: str, key: str) -> str:
     path = Path(name).expanduser()
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    names = ["tokenizer_default", "chatml", "jinja"]
+    try:
+        if path.is_file():
+            return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{key}: the file {name!r} cannot be read ({error})") from error
+    names = ["tokenizer_default", *BUILT_IN_TEMPLATES, "jinja"]
     close = nearest(path.name, [*names, *(entry.name for entry in path.parent.glob("*.jinja*"))])
     hint = f"; did you mean {close}?" if close else ""
     raise DataError(f"{key}: no file {name!r}; expected a Jinja file's path or one of {', '.join(names)}{hint}")
+
+
+# ---- what is written into the text ----
+
+
+def _parsed(text: str, name: str) -> nodes.Template:
+    try:
+        return parse_template(text)
+    except jinja2.TemplateSyntaxError as error:
+        problem = f"line {error.lineno} is not valid Jinja: {error.message}"
+        raise DataError(f"chat_template {name!r}: {problem}") from error
+
+
+def _date_formats(tree: nodes.Template, name: str) -> Iterator[str]:
+    """The formats in which the template asks for today's date."""
+    for call in tree.find_all(nodes.Call):
+        if isinstance(call.node, nodes.Name) and call.node.name == _CLOCK:
+            argument = call.args[0] if call.args else None
+            if not isinstance(argument, nodes.Const) or not isinstance(argument.value, str):
+                raise DataError(f"chat_template {name!r}: line {call.lineno} asks for the date in no fixed format")
+            yield argument.value
+
+
+def _with_date(text: str, tree: nodes.Template, day: str | None, name: str) -> str:
+    """The template with the clock stopped: it would give other ids every day."""
+    if any(macro.name == _CLOCK for macro in tree.find_all(nodes.Macro)):
+        return text  # it has been stopped before
+    formats = list(dict.fromkeys(_date_formats(tree, name)))
+    if not formats:
+        if day is not None:
+            raise DataError(f"chat_template_date: the template {name!r} writes no date; remove the key")
+        return text
+    if day is None:
+        raise DataError(
+            f"chat_template {name!r}: writes today's date (strftime_now), so the same rows would give other ids every "
+            "day; set `chat_template_date: 2025-01-31` (any day; it is saved with the template)"
+        )
+    try:
+        today = date.fromisoformat(day)
+    except ValueError as error:
+        raise DataError(f"chat_template_date: {day!r} is no day ({error}); expected such as 2025-01-31") from error
+    lines = "".join(
+        f"{{%- if format == {_literal(one)} -%}}{{{{- {_literal(today.strftime(one))} -}}}}{{%- endif -%}}"
+        for one in formats
+    )
+    return f"{{%- macro {_CLOCK}(format) -%}}{lines}{{%- endmacro -%}}\n{_opened(text)}"
+
+
+def _with_variables(text: str, tree: nodes.Template, variables: Mapping[str, Any], name: str) -> str:
+    """The template with defaults for its variables."""
+    names = {node.name for node in tree.find_all(nodes.Name)}
+    for variable in variables:
+        if variable not in names:
+            close = nearest(variable, names)
+            hint = f"; did you mean {close!r}?" if close else ""
+            raise DataError(f"chat_template_kwargs: the template {name!r} has no variable {variable!r}{hint}")
+    lines = "".join(
+        f"{{%- if {variable} is not defined -%}}{{%- set {variable} = {_literal(value)} -%}}{{%- endif -%}}\n"
+        for variable, value in variables.items()
+    )
+    return text if text.startswith(lines) else lines + _opened(text)
+
+
+def _opened(text: str) -> str:
+    """The text so that what is put before it, which ends in `-%}`, takes none of its own blanks."""
+    return text if not text[:1].isspace() else "{{- '' }}" + text
+
+
+def _literal(value: Any) -> str:
+    """A JSON-like value as a Jinja expression. Raises DataError for anything else."""
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "true", False: "false"}[value]
+    if isinstance(value, (int, float)):
+        return repr(value)
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n").replace("\r", "\\r")
+        return f"'{escaped}'"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_literal, value)) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_literal(str(name))}: {_literal(item)}" for name, item in value.items()) + "}"
+    raise DataError(f"chat_template_kwargs: {value!r} is a {type(value).__name__}; expected text, numbers, lists, …")
+
+
+# ---- what is asked of a template ----
 
 
 def stop_token_of(tokenizer: PreTrainedTokenizerBase, template: str) -> str | None:
@@ -139,147 +243,7 @@ def stop_token_of(tokenizer: PreTrainedTokenizerBase, template: str) -> str | No
         _, end = layout.ends(1)
     except UnprovableError as error:
         raise DataError(f"the chat template cannot be used: {error}") from error
-    return layout.text[end.start : end.stop] if end else None
-
-
-# ---- encoding ----
-
-
-@dataclass(frozen=True)
-class _Rules:
-    """What is trained."""
-
-    roles_to_train: frozenset[str]
-    train_on_eos: TrainOnEos
-    train_on_inputs: bool
-
-
-def encode_conversation(
-    tokenizer: PreTrainedTokenizerBase,
-    template: str,
-    messages: list[Message],
-    tools: list[dict[str, Any]] | None,
-    *,
-    roles_to_train: Sequence[str],
-    train_on_eos: TrainOnEos,
-    train_on_inputs: bool,
-    where: str,
-) -> TokenSample:
-    """Ids and labels of one conversation. Raises DataError naming `where` and the turn; see `encode_conversations`."""
-    (result,) = encode_conversations(
-        tokenizer,
-        template,
-        [Example(where, messages=messages, tools=tools)],
-        roles_to_train=roles_to_train,
-        train_on_eos=train_on_eos,
-        train_on_inputs=train_on_inputs,
-    )
-    if isinstance(result, Rejected):
-        raise DataError(f"{where}: {result.reason}")
-    return result
-
-
-def encode_conversations(
-    tokenizer: PreTrainedTokenizerBase,
-    template: str,
-    examples: Sequence[Example],
-    *,
-    roles_to_train: Sequence[str],
-    train_on_eos: TrainOnEos,
-    train_on_inputs: bool,
-) -> list[TokenSample | Rejected]:
-    """Ids and labels of many conversations, tokenised in one call.
-
-    The ids equal `apply_chat_template(tokenize=True)`: the template writes its own BOS and nothing is added. Trained
-    are the turns of `roles_to_train`: for the assistant what it must generate (from the end of the generation prompt,
-    tool calls and reasoning included), for other roles the text of the turn; end tokens by `train_on_eos`.
-
-    Returns:
-        one result per example, in order; Rejected where the template refuses the conversation, where a span cannot be
-        proven or where the template leaves out a part of a trained turn.
-
-    Raises:
-        DataError: the tokenizer gives no character offsets (it is not a fast one).
-    """
-    if not tokenizer.is_fast:
-        kind = type(tokenizer).__name__
-        raise DataError(f"the tokenizer {kind} gives no character offsets; expected a fast tokenizer")
-    rules = _Rules(frozenset(roles_to_train), train_on_eos, train_on_inputs)
-    facts = TokenizerFacts(tokenizer)
-    results: list[TokenSample | Rejected] = []
-    texts: list[str] = []
-    spans: list[list[Span] | None] = []
-    for example in examples:
-        assert example.messages is not None
-        try:
-            layout = Layout(tokenizer, template, example.messages, example.tools, facts)
-            texts.append(layout.text)
-            spans.append(None if train_on_inputs else _trained_spans(layout, rules))
-        except UnprovableError as error:
-            results.append(Rejected(str(error)))
-            if len(texts) > len(spans):
-                texts.pop()
-        else:
-            results.append(_PENDING)
-    encoded = iter(_tokenize(tokenizer, texts, spans, facts))
-    return [next(encoded) if result is _PENDING else result for result in results]
-
-
-_PENDING = Rejected("not tokenised yet")
-
-
-def _trained_spans(layout: Layout, rules: _Rules) -> list[Span]:
-    """The characters to train on, by turn."""
-    turns = range(len(layout.messages))
-    trained = [turn for turn in turns if layout.messages[turn]["role"] in rules.roles_to_train]
-    spans: list[Span] = []
-    for turn in turns if rules.train_on_eos == "all" else trained:
-        stop, end = layout.ends(turn)
-        with_end = rules.train_on_eos in ("turn", "all") or (rules.train_on_eos == "last" and turn == trained[-1])
-        if turn in trained:
-            is_assistant = layout.messages[turn]["role"] == "assistant"
-            start = layout.generation_start(turn) if is_assistant else layout.text_start(turn)
-            layout.require_written(turn, Span(start, stop))
-            spans.append(Span(start, end.stop if end and with_end else stop))
-        elif end and with_end:
-            spans.append(end)
-    return spans
-
-
-def _tokenize(
-    tokenizer: PreTrainedTokenizerBase, texts: list[str], spans: list[list[Span] | None], facts: TokenizerFacts
-) -> list[TokenSample]:
-    """Ids of the texts, with labels where a span (None: everything) is trained."""
-    if not texts:
-        return []
-    encoded = tokenizer(
-        texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
-    )
-    samples = []
-    for ids, offsets, wanted in zip(encoded["input_ids"], encoded["offset_mapping"], spans, strict=True):
-        input_ids = np.array(ids, dtype=np.int32)
-        labels = input_ids.copy()
-        if wanted is not None:
-            characters = np.array(offsets, dtype=np.int64).reshape(-1, 2)
-            labels[~_overlaps(input_ids, characters, wanted, facts)] = IGNORE_INDEX
-        samples.append(TokenSample(input_ids, labels))
-    return samples
-
-
-def _overlaps(input_ids: Any, offsets: Any, spans: list[Span], facts: TokenizerFacts) -> Any:
-    """bool [length]: the tokens whose characters overlap a span.
-
-    `offsets` int64 [length, 2] are those of the tokenizer, which may leave out blanks that a token swallowed (a token
-    of blanks then looks empty): a token reaches back to the end of the one before it.
-    """
-    trained = np.zeros(len(input_ids), dtype=bool)
-    stops = np.maximum.accumulate(offsets[:, 1]) if len(offsets) else offsets[:, 1]
-    starts = np.minimum(offsets[:, 0], np.concatenate([[0], stops[:-1]]))
-    for span in spans:
-        first = int(np.searchsorted(stops, span.start, side="right"))
-        last = int(np.searchsorted(starts, span.stop, side="left"))
-        # A special token that swallows the blanks after it (Phi-3) overlaps the span without belonging to it.
-        while first < last and starts[first] < span.start and np.isin(input_ids[first], facts.special_ids):
-            first += 1
-        trained[first:last] = True
-    return trained
+    if end is None:
+        return None
+    tokens = list(layout.facts.end_token.finditer(layout.text, end.start, end.stop))
+    return tokens[-1].group() if tokens else layout.text[end.start : end.stop]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Protocol
 
 import numpy as np
@@ -52,7 +53,7 @@ class PackedCollator:
         if filling:
             lengths.append(filling)
         total = real + filling
-        ends = np.cumsum(lengths, dtype=np.int64)
+        bounds = np.fromiter(accumulate(lengths, initial=0), np.int64, len(lengths) + 1)
 
         input_ids = np.empty(total, np.int64)
         labels = np.empty(total + 1, np.int64)  # one more, so that the shifted row is a view
@@ -62,12 +63,13 @@ class PackedCollator:
         input_ids[real:] = self.pad_token_id
         labels[real:] = IGNORE_INDEX
         shift_labels = labels[1:]
-        shift_labels[ends - 1] = IGNORE_INDEX
-        trained = np.flatnonzero(shift_labels != IGNORE_INDEX)
+        shift_labels[bounds[1:] - 1] = IGNORE_INDEX
+        trained = (shift_labels != IGNORE_INDEX).nonzero()[0]
+        counts = np.array(lengths)
 
         batch: Batch = {
             "input_ids": _row(input_ids),
-            "position_ids": _row(_positions(lengths, ends)),
+            "position_ids": _row(np.arange(total) - bounds[:-1].repeat(counts)),
             "shift_labels": _row(shift_labels),
             "trained_positions": torch.from_numpy(trained),
         }
@@ -75,10 +77,10 @@ class PackedCollator:
             weights = np.zeros(total + 1, np.float32)
             np.concatenate([_weights(sample) for sample in samples], out=weights[:real])
             batch["loss_weights"] = _row(_only_at(weights[1:], trained))
-        boundaries = torch.from_numpy(np.concatenate(([0], ends)).astype(np.int32))
+        boundaries = torch.from_numpy(bounds.astype(np.int32))
         batch["cu_seq_lens_q"] = batch["cu_seq_lens_k"] = boundaries
         batch["max_length_q"] = batch["max_length_k"] = max(lengths)
-        batch["seq_idx"] = _row(np.repeat(np.arange(len(lengths), dtype=np.int32), lengths))
+        batch["seq_idx"] = _row(np.arange(len(lengths), dtype=np.int32).repeat(counts))
         batch["num_tokens"] = real
         batch["num_trained"] = len(trained)
         return batch
@@ -131,12 +133,7 @@ def _padded(length: int, multiple: int | None) -> int:
 
 def _row(values: np.ndarray[Any, Any]) -> torch.Tensor:
     """[T] to a tensor [1, T] over the same memory."""
-    return torch.from_numpy(values).unsqueeze(0)
-
-
-def _positions(lengths: list[int], ends: Int64Array) -> Int64Array:
-    """0, 1, 2 … anew for each document, int64 [T]."""
-    return np.arange(ends[-1], dtype=np.int64) - np.repeat(ends - lengths, lengths)
+    return torch.from_numpy(values[None])
 
 
 def _weights(sample: TokenSample) -> Float32Array:

@@ -44,7 +44,10 @@ def given_sample(where: str, row: Mapping[str, Any]) -> TokenSample:
         )
     if len(ids) and ids.min() < 0:
         raise DataError(f"{where}: input_ids[{int(ids.argmin())}] is {ids.min()}; ids are 0 or more")
-    if row.get("attention_mask") is not None and not np.all(row["attention_mask"]):
+    mask = _array(row["attention_mask"]) if row.get("attention_mask") is not None else np.ones(1, dtype=bool)
+    if mask is None or mask.dtype.kind not in "biuf":
+        raise DataError(f"{where}: field 'attention_mask' is not a flat list of 0 and 1")
+    if not np.all(mask):
         raise DataError(f"{where}: is padded (zeros in attention_mask); give unpadded rows, eft pads where it must")
     return TokenSample(ids, labels, _weights(where, row, len(ids)))
 
@@ -79,5 +82,5 @@ def _names(row: Mapping[str, Any]) -> str:
 def _array(value: Any) -> npt.NDArray[Any] | None:
     try:
         return np.asarray(value)
-    except ValueError:
-        return None  # lists of different lengths
+    except (ValueError, TypeError, OverflowError):
+        return None  # lists of different lengths, or of what is no number

@@ -1,7 +1,7 @@
 """The token ledger: where every raw token of every data set went (promise E5).
 
     raw tokens  = trainable + context + truncated + held out + dropped (by reason)
-    rows        = samples + held out + dropped (by reason)
+    rows        = samples + held out + dropped (by reason) − further samples (beyond the first of their row)
 
 `raw` is counted when rows are tokenised; `trainable` and `context` are counted on the samples that are trained or
 evaluated in the end. `check` compares the two, so that a sample lost in between cannot go unnoticed.
@@ -22,6 +22,10 @@ Reason = Literal[
 
 ROWS_KEPT = 20
 """Rows named per reason."""
+
+_SUMMED = ("rows", "raw", "samples", "further_samples", "trainable", "context", "truncated_rows", "truncated")
+_NUMBERS = ("rows", "raw", "samples", "further_samples", "trainable", "context", "truncated_rows", "truncated")
+"""The fields of an account that add up."""
 
 HEADER = ["data set", "rows", "samples", "raw tokens", "trainable", "context", "truncated", "held out", "dropped"]
 """Column titles of `Ledger.table`."""
@@ -55,6 +59,8 @@ class SourceLedger:
     raw: int = 0
     """Tokens of all rows that could be tokenised, before anything was cut."""
     samples: int = 0
+    further_samples: int = 0
+    """Samples beyond the first of their row: a long text that was cut, a conversation trained turn by turn."""
     trainable: int = 0
     context: int = 0
     truncated_rows: int = 0
@@ -67,6 +73,21 @@ class SourceLedger:
     def drop(self, reason: Reason, row: str, tokens: int) -> None:
         """Count a dropped row of `tokens` tokens."""
         self.dropped.setdefault(reason, Portion()).add(row, tokens)
+
+    def add(self, other: SourceLedger) -> None:
+        """Count the rows of a later part of the same data set, before anything is held out."""
+        for name in _NUMBERS:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for reason, portion in other.dropped.items():
+            own = self.dropped.setdefault(reason, Portion())
+            own.rows += portion.rows
+            own.tokens += portion.tokens
+            own.first_rows += portion.first_rows[: ROWS_KEPT - len(own.first_rows)]
+
+    def rename_files(self, names: dict[str, str]) -> None:
+        """Say where the rows are now: `names` has the file of today for each one of then."""
+        for portion in (self.held_out, *self.dropped.values()):
+            portion.first_rows = [_renamed(row, names) for row in portion.first_rows]
 
     @property
     def dropped_rows(self) -> int:
@@ -87,11 +108,12 @@ class SourceLedger:
                 f"{self.context} + truncated {self.truncated} + held out {self.held_out.tokens} + dropped "
                 f"{self.dropped_tokens} = {accounted} (dropped: {dropped})"
             )
-        rows = self.samples + self.held_out.rows + self.dropped_rows
+        rows = self.samples + self.held_out.rows + self.dropped_rows - self.further_samples
         if rows != self.rows:
             raise PromiseBroken(
                 f"E5: the rows of {where} do not balance: {self.rows} read, but samples {self.samples} + held out "
-                f"{self.held_out.rows} + dropped {self.dropped_rows} = {rows} (dropped: {dropped})"
+                f"{self.held_out.rows} + dropped {self.dropped_rows} − further samples {self.further_samples} = "
+                f"{rows} (dropped: {dropped})"
             )
 
     def to_json(self) -> dict[str, Any]:
@@ -103,6 +125,13 @@ class SourceLedger:
         parts["held_out"] = Portion(**value["held_out"])
         parts["dropped"] = {reason: Portion(**portion) for reason, portion in value["dropped"].items()}
         return cls(**parts)
+
+
+def _renamed(text: str, names: dict[str, str]) -> str:
+    for old in sorted(names, key=len, reverse=True):
+        if text.startswith(old):
+            return names[old] + text[len(old) :]
+    return text
 
 
 @dataclass
@@ -142,7 +171,16 @@ def _total(sources: Iterable[SourceLedger]) -> SourceLedger:
     sources = list(sources)
     total = SourceLedger(name=f"all ({sources[0].split})", split=sources[0].split)
     for source in sources:
-        for name in ("rows", "raw", "samples", "trainable", "context", "truncated_rows", "truncated"):
+        for name in (
+            "rows",
+            "raw",
+            "samples",
+            "further_samples",
+            "trainable",
+            "context",
+            "truncated_rows",
+            "truncated",
+        ):
             setattr(total, name, getattr(total, name) + getattr(source, name))
         for portion, into in [(source.held_out, total.held_out)] + [
             (portion, total.dropped.setdefault(reason, Portion())) for reason, portion in source.dropped.items()

@@ -8,6 +8,7 @@ draw a seed from the global generator, after it was restored, and shift every dr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +16,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from eft.core.records import Int32Array, TokenDataset
+from eft.data.balance import bin_costs, share_step
 from eft.data.collators import Batch, Collator
-from eft.data.plan import EvalPlan, Plan, bin_costs, share_step
+from eft.data.plan import EvalPlan, Plan, StepPlan
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,8 @@ class MicroBatch:
     step: int
     step_weight: float
     bins: list[Int32Array]
+    step_tokens: int = 0
+    """Real tokens of the whole step; not known in an evaluation."""
 
 
 class TrainSampler(Sampler[MicroBatch]):
@@ -61,10 +65,16 @@ class TrainSampler(Sampler[MicroBatch]):
     def __iter__(self) -> Iterator[MicroBatch]:
         for number in range(self._cursor(), self._plan.total_steps):
             step = self._plan.step(number)
-            costs = bin_costs(self._plan.dataset.lengths, step.bins, self._cost_ratio)
-            shares = share_step(step, costs, self._world_size, self._accumulation, self._micro_batch_size)
-            for bins in shares[self._rank]:
-                yield MicroBatch(number, step.weight, bins)
+            for bins in self._share(step):
+                yield MicroBatch(number, step.weight, bins, step.tokens)
+
+    def _share(self, step: StepPlan) -> list[list[Int32Array]]:
+        """This rank's bins of a step, by micro-batch."""
+        if self._world_size == self._micro_batch_size == 1:
+            # Nothing to balance: what `share_step` says, too, only that it works out costs first.
+            return [[ids] for ids in step.bins] + [[] for _ in range(self._accumulation - len(step.bins))]
+        costs = bin_costs(self._plan.dataset.lengths, step.bins, self._cost_ratio)
+        return share_step(step, costs, self._world_size, self._accumulation, self._micro_batch_size)[self._rank]
 
 
 class EvalSampler(Sampler[MicroBatch]):
@@ -100,7 +110,32 @@ class _MicroBatches(Dataset[Batch]):
         batch = self._collator([[self._dataset.sample(i) for i in ids.tolist()] for ids in micro_batch.bins])
         batch["step"] = micro_batch.step
         batch["step_weight"] = micro_batch.step_weight
+        batch["step_tokens"] = micro_batch.step_tokens
         return batch
+
+
+class _Loader(DataLoader[Batch]):
+    """torch's loader; without workers the batches come straight from the data set, or from a thread that pins them."""
+
+    def __iter__(self) -> Any:
+        if self.num_workers:
+            return super().__iter__()
+        batches = (self.dataset[micro_batch] for micro_batch in self.sampler)
+        return _one_ahead(map(_pinned, batches)) if self.pin_memory else batches
+
+
+def _one_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The same batches, each fetched by a thread while the one before is in use."""
+    with ThreadPoolExecutor(1, thread_name_prefix="eft-batches") as thread:
+        following = thread.submit(next, batches, None)
+        while (batch := following.result()) is not None:
+            following = thread.submit(next, batches, None)
+            yield batch
+
+
+def _pinned(batch: Batch) -> Batch:
+    """The batch in page-locked memory, from where a copy to the device runs beside the computation."""
+    return {name: value.pin_memory() if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
 
 
 def build_train_loader(
@@ -118,11 +153,13 @@ def build_train_loader(
     prefetch_factor: int = 2,
     cost_ratio: float = 0.0,
 ) -> DataLoader[Batch]:
-    """One loader for the whole run; each item is a collator's batch plus `step` int and `step_weight` float.
+    """One loader for the whole run.
 
-    `step_weight` is Σ weight of the optimizer step over all ranks. `len` is always `plan.total_steps` × `accumulation`;
-    an iteration starts at optimizer step `cursor()` and yields what remains. `cost_ratio` is k in the cost of a
-    bin, tokens + k·Σ len², by which ranks are balanced. `prefetch_factor`: batches a worker holds ready.
+    Each item is a collator's batch plus `step` int, `step_weight` float (Σ weight of the optimizer step over all ranks)
+    and `step_tokens` int (its real tokens). `len` is always `plan.total_steps` × `accumulation`; an iteration starts at
+    optimizer step `cursor()` and yields what remains. `cost_ratio` is k in the cost of a bin, tokens + k·Σ len², by
+    which ranks are balanced. `prefetch_factor`: batches a worker holds ready. Without workers, and with `pin_memory`, a
+    thread has the next batch ready.
     """
     sampler = TrainSampler(
         plan,
@@ -161,7 +198,7 @@ def _loader(
     pin_memory: bool,
     prefetch_factor: int,
 ) -> DataLoader[Batch]:
-    return DataLoader(
+    return _Loader(
         _MicroBatches(dataset, collator),
         batch_size=None,
         sampler=sampler,

@@ -3,6 +3,10 @@
 Orders come from the raw 64-bit output of PCG64, which NumPy guarantees to stay the same, ranked by a stable sort; the
 methods of `numpy.random.Generator` carry no such guarantee. Equal seeds give equal splits on every version and machine.
 
+Which rows are held out goes by the content of each row, ranked by a hash with the seed: rows that are added, changed,
+moved or dropped elsewhere hardly move the split, and other templates, tokenizers or lengths do not move it at all. All
+samples of a row are on the same side.
+
 "Held-out duplicate" means equal input ids after tokenisation (and truncation), whatever the labels: the model would
 otherwise be graded on text it was trained on. Samples that share only their prompt with a held-out one stay.
 """
@@ -19,6 +23,7 @@ from eft.core.records import Int64Array
 from eft.data.sample_set import Digests
 
 BoolArray = npt.NDArray[np.bool_]
+UInt64Array = npt.NDArray[np.uint64]
 
 # Streams of the seed: the split must not move when the order does, nor the other way round.
 _SPLIT_STREAM = 1
@@ -37,7 +42,7 @@ def merged_order(count: int, seed: int, *, shuffle: bool) -> Int64Array:
 
 
 def held_out_count(count: int, val_set_size: float) -> int:
-    """How many of `count` samples `val_set_size` holds out: 0, a share below 1 (rounded, at least one), or a number.
+    """How many of `count` rows `val_set_size` holds out: 0, a share below 1 (rounded, at least one), or a number.
 
     Raises ConfigError when a size of 1 and more is not whole, DataError when nothing would be left to train on.
     """
@@ -54,8 +59,8 @@ def held_out_count(count: int, val_set_size: float) -> int:
         )
     if held_out >= count:
         raise DataError(
-            f"val_set_size: {val_set_size:g} holds out {held_out} of {count} samples and leaves none to "
-            f"train on; give a smaller number or more rows"
+            f"val_set_size: {val_set_size:g} holds out {held_out} of {count} rows and leaves none to train on; give "
+            "a smaller number or more rows"
         )
     return held_out
 
@@ -70,7 +75,40 @@ def first_of_each(digests: Digests) -> BoolArray:
 
 def equal_to_any(digests: Digests, held_out: Digests) -> BoolArray:
     """True where a digest occurs in `held_out`, bool [samples]."""
-    return np.isin(digests, held_out)
+    found = np.zeros(len(digests), dtype=np.bool_)
+    if len(held_out):
+        # Numbers are compared several times faster than byte strings, and few digests share their first half.
+        candidates = np.flatnonzero(np.isin(_first_half(digests), _first_half(held_out)))
+        found[candidates] = np.isin(digests[candidates], held_out)
+    return found
+
+
+def _first_half(digests: Digests) -> UInt64Array:
+    return np.ascontiguousarray(digests).view(np.uint64).reshape(-1, 2)[:, 0]
+
+
+def row_ranks(row_keys: UInt64Array, seed: int) -> UInt64Array:
+    """A random number per row, uint64 [rows], the same for equal rows; the lowest are held out first."""
+    stream = np.random.PCG64(np.random.SeedSequence([seed, _SPLIT_STREAM])).random_raw(1)
+    mixed = row_keys ^ stream
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # the finaliser of SplitMix64
+        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+    return mixed ^ (mixed >> np.uint64(31))
+
+
+def _held_out(candidates: Int64Array, rows: Int64Array, row_keys: UInt64Array, seed: int, size: float) -> Int64Array:
+    """The samples among `candidates` of the rows that are held out, in the order of the draw."""
+    starts_row = np.diff(rows[candidates], prepend=-1) != 0
+    firsts = candidates[starts_row]
+    count = held_out_count(len(firsts), size)
+    if not count:
+        return np.zeros(0, dtype=np.int64)
+    ranks = np.empty(len(firsts), dtype=np.int64)
+    ranks[np.argsort(row_ranks(row_keys[firsts], seed), kind="stable")] = np.arange(len(firsts))
+    rank = ranks[np.cumsum(starts_row) - 1]
+    chosen = rank < count
+    held_out: Int64Array = candidates[chosen][np.argsort(rank[chosen], kind="stable")]
+    return held_out
 
 
 @dataclass(frozen=True)
@@ -90,6 +128,8 @@ class Mixture:
 def mix(
     id_digests: Digests,
     sample_digests: Digests,
+    rows: Int64Array,
+    row_keys: UInt64Array,
     *,
     seed: int,
     shuffle: bool,
@@ -99,14 +139,14 @@ def mix(
 ) -> Mixture:
     """Deduplicate, then draw the held-out part, then remove its duplicates (and those of the test sets) from training.
 
-    `id_digests`, `sample_digests`: S16 [samples], all data sets one after the other; `test_id_digests`: of all samples
-    of `test_datasets`. Raises DataError when no sample would be left to train on.
+    `id_digests`, `sample_digests`: S16 [samples], all data sets one after the other; `rows`: a number ≥ 0 per sample,
+    int64, equal for neighbours of the same row; `row_keys`: a hash of each sample's row, uint64; `test_id_digests`: of
+    all samples of `test_datasets`. Raises DataError when no sample would be left to train on.
     """
     count = len(id_digests)
     unique = first_of_each(sample_digests) if deduplicate else np.ones(count, dtype=np.bool_)
     candidates = np.flatnonzero(unique)
-    drawn = random_order(len(candidates), seed, _SPLIT_STREAM)[: held_out_count(len(candidates), val_set_size)]
-    held_out = candidates[drawn]
+    held_out = _held_out(candidates, rows, row_keys, seed, val_set_size)
     is_held_out = np.zeros(count, dtype=np.bool_)
     is_held_out[held_out] = True
     forbidden = id_digests[held_out]

@@ -1,17 +1,18 @@
 """The plan: which samples are in which bin of which optimizer step, known before the run.
 
 Its inputs are lengths, options and seed; ranks and micro-batches play no part, they share out a step's bins afterwards
-(`share_step`). So nothing is dropped or repeated, resuming is arithmetic, and every world size sees the same steps.
+(`balance.share_step`). So nothing is dropped or repeated, resuming is arithmetic, and every world size sees the same
+steps.
 """
 
 from __future__ import annotations
 
 import bisect
-import heapq
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from fractions import Fraction
+from functools import cached_property
 from itertools import count
 from typing import Any, Literal
 
@@ -20,7 +21,20 @@ import numpy as np
 from eft.core.errors import DataError
 from eft.core.hashing import hash_json
 from eft.core.records import Float64Array, Int32Array, Int64Array, TokenDataset
-from eft.data.packing import PLANNER_VERSION, Packing, one_per_bin, pack
+from eft.data.like_steps import like_steps
+from eft.data.packing import (
+    PLANNER_VERSION,
+    Choice,
+    Packing,
+    PackingRule,
+    Strategy,
+    choose,
+    fewest_bins,
+    likeness_in_bins,
+    one_per_bin,
+    pack,
+    rule_of,
+)
 
 _CACHED_EPOCHS = 2
 """A loader that reads ahead is in one epoch while the trainer still asks about the one before."""
@@ -45,21 +59,35 @@ class StepPlan:
 class PlanOptions:
     """All that decides the bins of a step beside the data set."""
 
-    strategy: Literal["fit", "sequential", "single"]
+    strategy: Strategy | Literal["single"]
+    """What was chosen, where `auto` was asked for; "single" is one sample per bin."""
     capacity: int
     shuffle: bool
     seed: int
     global_batch_size: int
+    pool_samples: int | None = None
+    bin_samples: int | None = None
+    balance_buffer: int | None = None
+    """Steps among which bins are sorted by cost; None: bins stay in random order."""
+    cost_ratio: float | None = None
+    """k of that cost, tokens + k·Σ len²; None without a buffer: the plan then knows nothing of the model."""
     planner_version: int = PLANNER_VERSION
 
     def effective(self) -> dict[str, Any]:
         """The options that matter: no seed without a shuffle, no capacity for bins of one sample."""
         options = asdict(self)
-        if not self.shuffle:
+        if not self.shuffle and self.balance_buffer is None:
             options["seed"] = None
         if self.strategy == "single":
             options["capacity"] = None
         return options
+
+    @property
+    def rule(self) -> PackingRule | None:
+        """How bins are packed; None: one sample per bin."""
+        if self.strategy == "single":
+            return None
+        return PackingRule(self.strategy, self.pool_samples, self.bin_samples)
 
 
 @dataclass(frozen=True)
@@ -92,14 +120,18 @@ class Plan:
         num_epochs: float,
         max_steps: int | None,
         total_num_steps: int | None,
+        reason: str = "asked for",
+        first_packing: Packing | None = None,
     ) -> None:
+        """`first_packing`: that of epoch 0, where it is known already. Other arguments as for `build_plan`."""
         self.dataset = dataset
         self.options = options
+        self.reason = reason
         self.capacity = options.capacity
         self.global_batch_size = options.global_batch_size
         self.num_epochs = num_epochs
         self._epochs: list[_Epoch] = []
-        self._packings: dict[int, Packing] = {}
+        self._packings: dict[int, Packing] = {} if first_packing is None else {0: first_packing}
         self.fingerprint = hash_json({"dataset": dataset.fingerprint, **options.effective()})
 
         planned = self._steps_of_epochs(num_epochs)
@@ -155,7 +187,9 @@ class Plan:
             "tokens_per_epoch": tokens,
             "trainable_tokens_per_epoch": int(np.sum(self.dataset.trainable_counts, dtype=np.int64)),
             "weight_per_epoch": float(np.sum(self.dataset.weight_sums)),
+            **self._packing_facts,
             "fill_percent": 100.0 * tokens * len(bins) / (sum(bins) * self.capacity),
+            "fill_of_possible_percent": 100.0 * self._packing_facts["fewest_bins"] * len(bins) / sum(bins),
             "total_tokens": int(step_tokens.sum()),
             "tokens_per_step": {
                 "min": int(step_tokens.min()),
@@ -174,6 +208,17 @@ class Plan:
             ],
         }
 
+    @cached_property
+    def _packing_facts(self) -> dict[str, Any]:
+        """What bins have in common over the epochs."""
+        lengths, capacity, rule = self.dataset.lengths, self.capacity, self.options.rule
+        fewest = len(lengths) if rule is None else fewest_bins(lengths, capacity, rule.bin_samples)
+        return {
+            "strategy_reason": self.reason,
+            "fewest_bins": fewest,
+            "likeness_in_bins": 0.0 if rule is None else likeness_in_bins(lengths, self._packing(0), capacity),
+        }
+
     def _locate(self, step: int) -> tuple[int, int]:
         assert 0 <= step < self.total_steps, f"step {step} of {self.total_steps}"
         epoch = bisect.bisect_right(self.epoch_ends, step)
@@ -188,9 +233,10 @@ class Plan:
 
     def _epoch(self, epoch: int) -> _Epoch:
         while len(self._epochs) <= epoch:
-            packing = _pack_epoch(self.dataset.lengths, self.options, len(self._epochs))
+            number = len(self._epochs)
+            packing = self._packings.get(number) or _pack_epoch(self.dataset.lengths, self.options, number)
             if len(self._packings) < _CACHED_EPOCHS:
-                self._packings[len(self._epochs)] = packing
+                self._packings[number] = packing
             starts = packing.offsets[: -1 : self.global_batch_size]
             tokens = np.add.reduceat(self.dataset.lengths[packing.order], starts, dtype=np.int64)
             weights = np.add.reduceat(self.dataset.weight_sums[packing.order], starts, dtype=np.float64)
@@ -225,12 +271,18 @@ def build_plan(
     max_steps: int | None,
     seed: int,
     total_num_steps: int | None = None,
+    strategy: Strategy | Literal["auto"] = "auto",
+    bin_samples: int | None = None,
+    balance_buffer: int | None = None,
+    cost_ratio: float = 0.0,
 ) -> Plan:
     """The plan of a run. `capacity` in tokens per bin, `global_batch_size` in bins per step.
 
     A step is `global_batch_size` bins, the last of an epoch perhaps fewer. Steps: `max_steps`, else `total_num_steps`
     where above 0 (both run into further epochs, or stop short), else `num_epochs` > 0, whose fraction takes a prefix of
-    the last epoch's steps. Raises DataError for an empty data set, one that trains nothing, samples that fit no bin.
+    the last epoch's steps. With `packed`, bins of at most `bin_samples` samples are packed by `strategy`, or in order
+    if `sequential`. `balance_buffer` brings bins of like cost, by `cost_ratio`, into one step (`like_steps`).
+    Raises DataError for an empty data set, one that trains nothing, samples that fit no bin.
     """
     assert global_batch_size >= 1
     assert num_epochs > 0
@@ -239,15 +291,75 @@ def build_plan(
         raise DataError("the training data set is empty: no sample is left to plan a step with")
     if not np.any(dataset.weight_sums > 0):
         raise DataError(f"none of the {len(dataset.lengths)} training samples has a trainable token: check the masking")
-    strategy: Literal["fit", "sequential", "single"] = ("sequential" if sequential else "fit") if packed else "single"
-    options = PlanOptions(strategy, capacity, shuffle, seed, global_batch_size)
-    return Plan(dataset, options, num_epochs=num_epochs, max_steps=max_steps, total_num_steps=total_num_steps)
+    rule: PackingRule | None = None
+    reason, first_packing = "one sample per bin", None
+    if packed:
+        wanted = "sequential" if sequential else strategy
+        choice = _choice(dataset.lengths, capacity, seed, wanted, bin_samples, shuffle)
+        rule, reason, first_packing = choice.rule, choice.reason, choice.packing
+    options = PlanOptions(
+        "single" if rule is None else rule.strategy,
+        capacity,
+        shuffle,
+        seed,
+        global_batch_size,
+        pool_samples=None if rule is None else rule.pool_samples,
+        bin_samples=None if rule is None else rule.bin_samples,
+        balance_buffer=balance_buffer,
+        # Two digits: a few parameters more (an adapter, a token) do not make another plan.
+        cost_ratio=None if balance_buffer is None else float(f"{cost_ratio:.1e}"),
+    )
+    if first_packing is not None:
+        first_packing = _steps_of_like_bins(first_packing, dataset.lengths, options, 0)
+    return Plan(
+        dataset,
+        options,
+        num_epochs=num_epochs,
+        max_steps=max_steps,
+        total_num_steps=total_num_steps,
+        reason=reason,
+        first_packing=first_packing,
+    )
+
+
+def _choice(
+    lengths: Int32Array,
+    capacity: int,
+    seed: int,
+    strategy: Strategy | Literal["auto"],
+    bin_samples: int | None,
+    shuffle: bool,
+) -> Choice:
+    """The rule for a strategy, with the first epoch's bins."""
+    if strategy == "auto" and shuffle:
+        return choose(lengths, capacity, seed, bin_samples=bin_samples)
+    rule = rule_of("fit" if strategy == "auto" else strategy, len(lengths), bin_samples)
+    reason = "follows the order of the samples where it can" if strategy == "auto" else "asked for"
+    return Choice(rule, reason, pack(lengths, capacity, seed, 0, rule=rule, shuffle=shuffle))
 
 
 def _pack_epoch(lengths: Int32Array, options: PlanOptions, epoch: int) -> Packing:
-    if options.strategy == "single":
-        return one_per_bin(lengths, options.capacity, options.seed, epoch, shuffle=options.shuffle)
-    return pack(lengths, options.capacity, options.seed, epoch, strategy=options.strategy, shuffle=options.shuffle)
+    rule = options.rule
+    if rule is None:
+        packing = one_per_bin(lengths, options.capacity, options.seed, epoch, shuffle=options.shuffle)
+    else:
+        packing = pack(lengths, options.capacity, options.seed, epoch, rule=rule, shuffle=options.shuffle)
+    return _steps_of_like_bins(packing, lengths, options, epoch)
+
+
+def _steps_of_like_bins(packing: Packing, lengths: Int32Array, options: PlanOptions, epoch: int) -> Packing:
+    if options.balance_buffer is None:
+        return packing
+    assert options.cost_ratio is not None
+    return like_steps(
+        packing,
+        lengths,
+        step_bins=options.global_batch_size,
+        buffer_steps=options.balance_buffer,
+        cost_ratio=options.cost_ratio,
+        seed=options.seed,
+        epoch=epoch,
+    )
 
 
 @dataclass(frozen=True)
@@ -279,49 +391,3 @@ def build_eval_plan(dataset: TokenDataset, *, capacity: int, packed: bool) -> Ev
         weight=float(np.sum(dataset.weight_sums)),
         tokens=int(np.sum(dataset.lengths, dtype=np.int64)),
     )
-
-
-def bin_costs(lengths: Int32Array, bins: Sequence[Int32Array], cost_ratio: float) -> list[float]:
-    """Relative compute of each bin: tokens + `cost_ratio` · Σ len² (attention is quadratic within a document)."""
-    costs = []
-    for ids in bins:
-        documents = lengths[ids].astype(np.float64)
-        costs.append(float(documents.sum() + cost_ratio * (documents @ documents)))
-    return costs
-
-
-def share_step(
-    step: StepPlan, costs: Sequence[float], world_size: int, accumulation: int, micro_batch_size: int
-) -> list[list[list[Int32Array]]]:
-    """The step's bins as [rank][micro-batch] lists, balanced by `costs` (one per bin), the same on every rank.
-
-    Each rank has exactly `accumulation` micro-batches of at most `micro_batch_size` bins; an empty one stands for the
-    dummy document. Alone, a rank keeps the plan's order of bins as far as balance allows; several ranks go from their
-    heaviest micro-batch to their lightest, so that they wait less for each other where every micro-batch synchronises.
-    """
-    per_rank = accumulation * micro_batch_size
-    assert len(costs) == len(step.bins) <= world_size * per_rank
-    shares = []
-    for members in _spread(costs, world_size, per_rank):
-        groups = [
-            [members[index] for index in group]
-            for group in _spread([costs[member] for member in members], accumulation, micro_batch_size)
-        ]
-        if world_size == 1:
-            groups.sort(key=lambda group: (not group, group))
-        else:
-            groups.sort(key=lambda group: -sum(costs[member] for member in group))
-        shares.append([[step.bins[member] for member in group] for group in groups])
-    return shares
-
-
-def _spread(costs: Sequence[float], num_groups: int, limit: int) -> list[list[int]]:
-    """Indices of `costs` in `num_groups` groups of at most `limit`: the heaviest first, each to the lightest group."""
-    groups: list[list[int]] = [[] for _ in range(num_groups)]
-    open_groups = [(0.0, group) for group in range(num_groups)]
-    for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        load, group = heapq.heappop(open_groups)
-        groups[group].append(index)
-        if len(groups[group]) < limit:
-            heapq.heappush(open_groups, (load + costs[index], group))
-    return [sorted(group) for group in groups]

@@ -10,9 +10,8 @@ from __future__ import annotations
 import errno
 import importlib
 import inspect
+import shutil
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -20,26 +19,31 @@ from typing import Any, Literal, cast
 import numpy as np
 
 from eft.config.data import DataConfig, DatasetConfig
-from eft.config.section import Section
+from eft.config.formats import is_own_function
 from eft.core import atomic
-from eft.core.errors import ConfigError, DataError
+from eft.core.errors import ConfigError, DataError, EftError
 from eft.core.hashing import hash_bytes, hash_file
 from eft.core.records import Int64Array, Message, TokenDataset
 from eft.data import cache
+from eft.data.block_encoder import Job
 from eft.data.cache import StoreKey, prepared_location
-from eft.data.chat_template import resolve_template
+from eft.data.chat_template import template_of
 from eft.data.entry import Progress, write_entry
-from eft.data.formats import resolve_format
+from eft.data.formats import gives_conversations, resolve_format
 from eft.data.ledger import ROWS_KEPT, Ledger, Portion, SourceLedger
 from eft.data.mixture import Mixture, mix
 from eft.data.sample_set import SampleSet, TokenView
-from eft.data.sources import source_fingerprint
-from eft.data.store import STORE_VERSION, StoreWriter, TokenStore, open_store
+from eft.data.sources import source_fingerprint, source_names
+from eft.data.speed import num_processes, with_fast_tokenizer
+from eft.data.store import TokenStore, open_store
+from eft.data.store_writer import STORE_VERSION, StoreWriter
 from eft.data.tokenize import MASKING_VERSION, tokenizer_fingerprint
+from eft.data.workers import WorkerDiedError
 
 __all__ = ["PreparedData", "prepare_datasets", "prepared_location"]
 
 MAX_CONVERSATIONS = 64
+_ALWAYS_READ = (*cache.LIMITS, "dataset_processes")
 
 
 @dataclass
@@ -79,6 +83,8 @@ def prepare_datasets(cfg: DataConfig, tokenizer: Any, *, progress: Progress | No
     mixture = mix(
         np.concatenate([entry.store.id_digests for entry in trains]),
         np.concatenate([entry.store.sample_digests for entry in trains]),
+        _rows([entry.store for entry in trains]),
+        np.concatenate([entry.store.row_keys for entry in trains]),
         seed=cfg.seed,
         shuffle=cfg.shuffle_merged_datasets,
         deduplicate=cfg.dataset_exact_deduplication,
@@ -119,111 +125,113 @@ def _prepare_entry(
 ) -> _Prepared:
     resolve_format(spec)  # a wrong `type` is told before anything is read
     template = _template_of(spec, cfg, tokenizer)
-    key = _key_of(spec, cfg, tokenizer, template)
-    folder = cache.store_folder(location, key)
-    store = cache.reusable(folder)
-    note = f"{spec.path}: reused {folder}"
+    key, values = _key_of(spec, tokenizer, template), cache.values_of(spec, cfg)
+    store = cache.reusable(location, key, values)
+    note = f"{spec.path}: reused {store.path}" if store is not None else ""
     if store is None:
         cache.create_location(location)
         cache.remove_abandoned(location)
-        with cache.exclusive(folder, lambda: report(f"{spec.path}: another process is preparing it", 0, None)):
-            store = cache.reusable(folder)  # the other process may have finished it meanwhile
-            if store is None:
-                damaged = cache.discard_damaged(folder)
-                why = "its files were damaged" if damaged else cache.why_not_reused(location, spec.path, key)
-                note = f"{spec.path}: tokenised into {folder} ({why})"
-                store = _build(folder, key, spec, cfg, tokenizer, template, report)
+        waiting = f"{spec.path}: another process is preparing it"
+        with cache.exclusive(location, key, values, lambda: report(waiting, 0, None)) as partial:
+            store = cache.reusable(location, key, values)  # the other process may have finished it meanwhile
+            if store is not None:
+                note = f"{spec.path}: reused {store.path}"
+            else:
+                damaged = cache.discard_damaged(location, key)
+                why = "its files were damaged" if damaged else cache.why_not_reused(location, spec.path, key, values)
+                job = Job(spec, cfg, tokenizer, template)
+                store, how = _build(partial, location, key, job, report)
+                note = f"{spec.path}: tokenised into {store.path} ({why}){how}"
     for section, names in ((spec, store.meta["keys_read"]["spec"]), (cfg, store.meta["keys_read"]["cfg"])):
-        for name in names:
+        for name in (*names, *(_ALWAYS_READ if section is cfg else ())):
             # The pass that made the store read these keys; they had their effect on a reused one, too (E8).
             getattr(section, name)
+    names = source_names(spec)
     account = SourceLedger.from_json(store.meta["ledger"])
-    account.split = split
-    return _Prepared(store, account, note)
+    account.name, account.split = spec.path, split
+    account.rename_files(dict(zip(store.meta["files_read"], names, strict=True)))
+    return _Prepared(store.with_sources(dict(zip(store.meta["files_read"], names, strict=True))), account, note)
 
 
-@contextmanager
-def _reads_of(section: Section) -> Iterator[set[str]]:
-    """The keys of `section` that are read inside; reads from before are kept."""
-    # Nested entries (`datasets` of the whole config) are forgotten along with the section, so remember theirs, too.
-    before = [(part, part.keys_read()) for part in (section, *(nested for _, nested in section.nested_sections()))]
-    section.forget_reads()
-    reads: set[str] = set()
+def _build(partial: Path, location: Path, key: StoreKey, job: Job, report: Progress) -> tuple[TokenStore, str]:
+    """The finished store, and a remark on how it was made. What a killed process left in `partial` is gone on with."""
+    spec, cfg = job.spec, job.cfg
     try:
-        yield reads
-        reads |= section.keys_read()
-    finally:
-        for part, names in before:
-            for name in names:
-                getattr(part, name)
-
-
-def _build(
-    folder: Path,
-    key: StoreKey,
-    spec: DatasetConfig,
-    cfg: DataConfig,
-    tokenizer: Any,
-    template: str | None,
-    report: Progress,
-) -> TokenStore:
-    try:
-        with atomic.new_folder(folder) as temporary, StoreWriter(temporary) as writer:
-            with _reads_of(spec) as spec_reads, _reads_of(cfg) as cfg_reads:
-                account = write_entry(writer, spec, cfg, tokenizer, template, report)
-            account.check()
-            reads = {"spec": sorted(spec_reads), "cfg": sorted(cfg_reads)}
-            writer.finish({"name": spec.path, "key": key, "keys_read": reads, "ledger": account.to_json()})
-    except FileExistsError:
-        pass  # without locks another process was faster; equal keys give equal stores
+        partial.mkdir(exist_ok=True)
+        with StoreWriter(partial) as writer:
+            resumed = writer.num_blocks
+            job, remark = with_fast_tokenizer(job)
+            tally = write_entry(writer, job, num_processes(job), report)
+            tally.account.check()
+            uses = cache.uses_of(tally, spec, cfg)
+            keys = {"spec": sorted(tally.spec_keys), "cfg": sorted(tally.cfg_keys)}
+            meta = {
+                "name": spec.path,
+                "key": key,
+                "uses": uses.to_json(),
+                "keys_read": keys,
+                "files_read": source_names(spec),
+                "ledger": tally.account.to_json(),
+            }
+            writer.finish(meta, tally.to_json())
+        folder = cache.store_folder(location, key, uses)
+        atomic.commit_folder(partial, folder)
+    except WorkerDiedError:
+        raise  # what is finished is good
+    except EftError:
+        shutil.rmtree(partial, ignore_errors=True)  # nothing of it can be of use
+        raise
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO):
             raise
         raise DataError(
-            f"{folder.parent}: prepared data cannot be written there ({error.strerror}); free some space, or set "
-            "dataset_prepared_path to another folder"
+            f"{location}: prepared data cannot be written there ({error.strerror}); free some space, or set "
+            f"dataset_prepared_path to another folder. What is finished is kept in {partial}: a new try goes on there"
         ) from error
-    return open_store(folder)
-
-
-def _is_dotted(spec: DatasetConfig) -> bool:
-    return spec.type is not None and ":" in spec.type
+    return open_store(folder), remark + (f"; went on after {resumed} finished blocks" if resumed else "")
 
 
 def _template_of(spec: DatasetConfig, cfg: DataConfig, tokenizer: Any) -> str | None:
     """The template's text, for formats that give conversations."""
-    if spec.type != "chat_template" and not _is_dotted(spec):
+    needed = gives_conversations(spec)
+    if needed is False:
         return None
-    chosen = spec.chat_template or cfg.chat_template
-    if _is_dotted(spec) and chosen == "tokenizer_default" and not tokenizer.chat_template:
+    is_default = cfg.chat_template == "tokenizer_default" and spec.chat_template is None
+    if needed is None and is_default and spec.chat_template_jinja is None and not tokenizer.chat_template:
         return None  # the user's function may well give segments or ids; if it gives turns, `encode_examples` objects
-    return resolve_template(tokenizer, chosen, cfg.chat_template_jinja if chosen == "jinja" else None)
+    return template_of(tokenizer, cfg, spec)
 
 
-def _key_of(spec: DatasetConfig, cfg: DataConfig, tokenizer: Any, template: str | None) -> StoreKey:
-    """What decides the bytes of the store. A user's function counts with its file; what that imports does not."""
+def _key_of(spec: DatasetConfig, tokenizer: Any, template: str | None) -> StoreKey:
+    """What a store is made of. A user's function counts with its file; what that imports does not."""
     # `model_dump` does not count as reading a key (E8): whether the format uses it shows when rows are tokenised.
+    type_ = spec.model_dump(include={"type"})["type"]
     function = None
-    if _is_dotted(spec):
-        module = importlib.import_module(cast("str", spec.type).split(":")[0])
+    if is_own_function(type_):
+        module = importlib.import_module(cast("str", type_).split(":")[0])
         function = hash_file(Path(inspect.getfile(module)))
+    is_tokenised = type_ in (None, "pretokenized")
     return {
         "store version": STORE_VERSION,
         "masking version": MASKING_VERSION,
         "rows": source_fingerprint(spec),
-        "tokenizer": tokenizer_fingerprint(tokenizer),
+        # Ids that are given depend on the tokenizer only by the number of its tokens.
+        "tokenizer": f"{len(tokenizer)} tokens" if is_tokenised else tokenizer_fingerprint(tokenizer),
         "template": None if template is None else hash_bytes(template.encode()),
+        "type": type_ or "pretokenized",
         "function": function,
-        "train_on_inputs": cfg.model_dump(include={"train_on_inputs"})["train_on_inputs"],
-        "sequence_len": cfg.sequence_len,
-        "excess_length_strategy": cfg.excess_length_strategy,
-        "min_sample_len": cfg.min_sample_len,
-        "malformed_rows": cfg.malformed_rows,
-        **{f"datasets.{name}": value for name, value in spec.model_dump(mode="json").items()},
     }
 
 
 # ---- all entries ---------------------------------------------------------------------------------------------------
+
+
+def _rows(stores: list[TokenStore]) -> Int64Array:
+    """The same number for neighbouring samples of the same row, int64 [samples of all stores]."""
+    starts = [
+        np.concatenate([[True], (np.diff(store.row_ids) != 0) | (np.diff(store.source_ids) != 0)]) for store in stores
+    ]
+    return np.cumsum(np.concatenate(starts), dtype=np.int64)
 
 
 def _eval_names(specs: list[DatasetConfig]) -> list[str]:

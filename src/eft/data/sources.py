@@ -6,7 +6,6 @@ knows its file and number, so that every later message can name it.
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,7 +18,9 @@ import pyarrow as pa
 from eft.config.data import DatasetConfig
 from eft.core.errors import DataError, nearest
 from eft.core.hashing import hash_bytes, hash_file
-from eft.data.readers import COMPRESSED, READERS, OnBroken, Row, count_rows, without_padding
+from eft.data.readers import COMPRESSED, READERS, Block, Numbered, Row, count_rows, row_blocks
+from eft.data.rows import OnBroken, decoded, rows_of, without_padding
+from eft.data.splits import is_hub, slice_bounds, slice_of, split_name
 
 KINDS = {
     ".json": "json",
@@ -31,12 +32,36 @@ KINDS = {
     ".txt": "text",
 }
 """File extension to `ds_type`; `.gz` and `.zst` may follow the extension of a text file."""
+_UNREADABLE = frozenset(
+    [
+        ".bz2",
+        ".xz",
+        ".zip",
+        ".tar",
+        ".tgz",
+        ".7z",
+        ".lz4",
+        ".snappy",
+        ".tsv",
+        ".xls",
+        ".xlsx",
+        ".feather",
+        ".orc",
+        ".avro",
+        ".pkl",
+        ".npy",
+        ".npz",
+        ".db",
+        ".sqlite",
+    ]
+)
+"""Data that would be left out in silence if only known extensions were looked for."""
+_COMPRESSION = 4
 _SPLIT_WORDS = {
     "train": {"train", "training"},
     "validation": {"validation", "valid", "val", "dev"},
     "test": {"test", "testing", "eval", "evaluation"},
 }
-_SPLIT = re.compile(r"(?P<name>[\w.+-]+)(?:\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
@@ -44,9 +69,25 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 class _Source:
     """A source that was found: how to read, count and fingerprint it, before any slice of the split."""
 
-    rows: Callable[[OnBroken | None], Iterator[Row]]
+    blocks: Callable[[], Iterator[Block]]
     count: Callable[[], int | None]
     fingerprint: Callable[[], str]
+    names: list[str]
+    """What its rows are said to be from, in reading order."""
+    size: Callable[[], int]
+    """Bytes of text, roughly."""
+
+
+def iter_blocks(spec: DatasetConfig) -> Iterator[Block]:
+    """The rows of a data set in blocks, in file order; the same blocks every time.
+
+    Raises DataError: missing or unreadable file, unknown extension, missing split.
+    """
+    source = _find(spec)
+    start, stop = slice_bounds(spec, lambda: sum(1 for block in source.blocks() for _ in rows_of(block, _ignore)))
+    if (start, stop) == (0, None):
+        return source.blocks()
+    return _sliced(source.blocks(), start, stop)
 
 
 def iter_rows(spec: DatasetConfig, on_broken: OnBroken | None = None) -> Iterator[Row]:
@@ -57,35 +98,71 @@ def iter_rows(spec: DatasetConfig, on_broken: OnBroken | None = None) -> Iterato
         on_broken: called for each line that cannot be read as a row, which is then left out; None: raise instead.
 
     Raises:
-        DataError: missing or unreadable file, unknown extension, missing split, unreadable row, no rows at all.
+        DataError: as `iter_blocks`; an unreadable row, no rows at all.
     """
-    source = _find(spec)
-    start, stop = _slice_bounds(spec, lambda: sum(1 for _ in source.rows(_ignore)))
     empty = True
-    for row in itertools.islice(source.rows(on_broken), start, stop):
-        empty = False
-        yield row
+    for block in iter_blocks(spec):
+        for row in rows_of(block, on_broken):
+            empty = False
+            yield row
     if empty:
-        raise DataError(f"{spec.path}: no rows (split {spec.split!r}); expected at least one")
+        raise no_rows(spec)
+
+
+def no_rows(spec: DatasetConfig) -> DataError:
+    """The data set is empty."""
+    return DataError(f"{spec.path}: no rows (split {spec.split!r}); expected at least one")
 
 
 def count_hint(spec: DatasetConfig) -> int | None:
     """The number of rows where that is cheap to know, for a progress bar; None where it is not. Raises DataError."""
     count = _find(spec).count()
-    if count is None or _slice_of(spec) is None:
+    if count is None or slice_of(spec) is None:
         return count
-    start, stop = _slice_bounds(spec, lambda: count)
+    start, stop = slice_bounds(spec, lambda: count)
     return len(range(count)[start:stop])
 
 
 def source_fingerprint(spec: DatasetConfig) -> str:
-    """A string that changes when the content of the source changes: SHA-256 of the local files' bytes in reading order,
-    or the fingerprint that `datasets` gives a hub data set. Raises DataError as `iter_rows` does."""
-    return _find(spec).fingerprint()
+    """A string that changes when the rows change: SHA-256 of the local files' bytes in reading order and of the slice,
+    or the fingerprint that `datasets` gives a hub data set. Names and places do not count.
+
+    Raises DataError as `iter_blocks` does.
+    """
+    bounds = None if is_hub(spec) else slice_of(spec)
+    content = _find(spec).fingerprint()
+    return content if bounds is None else hash_bytes(content.encode(), repr(bounds).encode())
+
+
+def source_names(spec: DatasetConfig) -> list[str]:
+    """What the rows are said to be from, in reading order: equal sources in other places differ only here."""
+    return _find(spec).names
+
+
+def size_hint(spec: DatasetConfig) -> int:
+    """Roughly the bytes of text in the data set."""
+    return _find(spec).size()
 
 
 def _ignore(number: int, error: DataError) -> None:
     pass
+
+
+def _sliced(blocks: Iterator[Block], start: int, stop: int | None) -> Iterator[Block]:
+    """The readable rows from `start` to before `stop`, counted over all files."""
+    index = 0
+    for block in blocks:
+        chosen: list[Numbered] = []
+        for numbered in decoded(block):
+            if stop is not None and index >= stop:
+                break
+            if index >= start:
+                chosen.append(numbered)
+            index += not isinstance(numbered[1], DataError)
+        if chosen:
+            yield Block(block.file, "rows", chosen[0][0], chosen)
+        if stop is not None and index >= stop:
+            return
 
 
 # ---- finding ----
@@ -100,12 +177,20 @@ def _find(spec: DatasetConfig) -> _Source:
     if path.exists():
         if spec.data_files:
             raise DataError(f"{spec.path}: is a file, so `data_files` has no meaning; expected a folder or hub id")
-        if _split_name(spec) != "train":
+        if split_name(spec) != "train":
             raise DataError(f"{spec.path}: a single file has only the split 'train', not {spec.split!r}")
-        return _file_source([path], spec)
+        return _file_source([_regular(path)], spec)
     if _HUB_ID.fullmatch(spec.path) and not _suffix_of(path):
         return _hub_source(spec)
     raise DataError(f"{spec.path}: no such file or folder{_nearest_file(path)}")
+
+
+def _regular(file: Path) -> Path:
+    if not file.exists():
+        raise DataError(f"{file}: is a link to something that does not exist")
+    if not file.is_file():
+        raise DataError(f"{file}: is no regular file")
+    return file
 
 
 def _nearest_file(path: Path) -> str:
@@ -147,14 +232,21 @@ def _folder_files(folder: Path, spec: DatasetConfig) -> list[Path]:
             if not matches or not matches[0].is_file():
                 raise DataError(f"{folder}: no file {pattern!r} (`data_files`){_nearest_file(folder / pattern)}")
             chosen.extend(match for match in matches if match not in chosen)
-        if _split_name(spec) != "train":
+        if split_name(spec) != "train":
             raise DataError(f"{folder}: files named by `data_files` have only the split 'train', not {spec.split!r}")
         return chosen
-    files = [
+    visible = [
         file
         for file in sorted(folder.rglob("*"))
-        if file.is_file() and _suffix_of(file) and not any(part[0] == "." for part in file.relative_to(folder).parts)
+        if not file.is_dir() and not any(part[0] == "." for part in file.relative_to(folder).parts)
     ]
+    files = [file for file in visible if _suffix_of(file)]
+    for file in visible:
+        if file.suffix.lower() in _UNREADABLE:
+            raise DataError(
+                f"{file}: {file.suffix} files cannot be read, and leaving it out might lose rows; convert it to one of "
+                f"{', '.join(KINDS)}, or name the files to read in `data_files`"
+            )
     if spec.ds_type:
         files = [file for file in files if KINDS[_suffix_of(file)] == spec.ds_type]
     if not files:
@@ -162,13 +254,13 @@ def _folder_files(folder: Path, spec: DatasetConfig) -> list[Path]:
     kinds = sorted({KINDS[_suffix_of(file)] for file in files})
     if len(kinds) > 1:
         raise DataError(f"{folder}: holds {' and '.join(kinds)} files; say which with `ds_type` or `data_files`")
-    return _files_of_split(folder, files, spec)
+    return [_regular(file) for file in _files_of_split(folder, files, spec)]
 
 
 def _files_of_split(folder: Path, files: list[Path], spec: DatasetConfig) -> list[Path]:
     """The files of the wanted split, by their names: a folder's test files must never be trained on. A file whose name
     tells no split belongs to `train`."""
-    wanted = _split_name(spec)
+    wanted = split_name(spec)
     exact = [file for file in files if file.name == wanted or re.match(rf"{re.escape(wanted)}[-.]", file.name)]
     split_of = {file: _split_told_by(file.relative_to(folder)) for file in files}
     canonical = next((name for name, words in _SPLIT_WORDS.items() if wanted in words), wanted)
@@ -186,52 +278,15 @@ def _split_told_by(path: Path) -> str:
     return next((name for name, aliases in _SPLIT_WORDS.items() if words & aliases), "train")
 
 
-# ---- splits ----
-
-
-def _slice_of(spec: DatasetConfig) -> tuple[str, str] | None:
-    """The `[start:stop]` of a local split, as written; None when there is none."""
-    match = _SPLIT.fullmatch(spec.split)
-    if match is None:
-        raise DataError(f"{spec.path}: split {spec.split!r} is not understood; expected 'train' or 'train[10:200]'")
-    start, stop = match["start"] or "", match["stop"] or ""
-    return (start, stop) if "[" in spec.split else None
-
-
-def _split_name(spec: DatasetConfig) -> str:
-    _slice_of(spec)
-    return spec.split.split("[")[0]
-
-
-def _is_hub(spec: DatasetConfig) -> bool:
-    return not Path(spec.path).expanduser().exists()
-
-
-def _slice_bounds(spec: DatasetConfig, count: Callable[[], int]) -> tuple[int, int | None]:
-    """Start and stop of the rows wanted; `count` is asked only where a share or a negative bound needs it."""
-    bounds = None if _is_hub(spec) else _slice_of(spec)  # `datasets` slices hub splits itself
-    if bounds is None:
-        return 0, None
-    if not any("%" in bound or bound.startswith("-") for bound in bounds):
-        return int(bounds[0] or 0), int(bounds[1]) if bounds[1] else None
-    total = count()
-    numbers = [
-        round(total * int(bound[:-1]) / 100) if bound.endswith("%") else int(bound) if bound else None
-        for bound in bounds
-    ]
-    start, stop, _ = slice(*numbers).indices(total)
-    return start, stop
-
-
 # ---- local files ----
 
 
 def _file_source(files: list[Path], spec: DatasetConfig) -> _Source:
     kinds = [_kind_of(file, spec) for file in files]
 
-    def rows(on_broken: OnBroken | None) -> Iterator[Row]:
+    def blocks() -> Iterator[Block]:
         for file, kind in zip(files, kinds, strict=True):
-            yield from READERS[kind](file, on_broken)
+            yield from READERS[kind](file)
 
     def count() -> int | None:
         counts = [count_rows(file, kind) for file, kind in zip(files, kinds, strict=True)]
@@ -239,27 +294,44 @@ def _file_source(files: list[Path], spec: DatasetConfig) -> _Source:
         return sum(known) if len(known) == len(counts) else None
 
     def fingerprint() -> str:
-        return hash_bytes(*(f"{kind} {hash_file(file)}".encode() for file, kind in zip(files, kinds, strict=True)))
+        return hash_bytes(*(f"{kind} {_content(file)}".encode() for file, kind in zip(files, kinds, strict=True)))
 
-    return _Source(rows, count, fingerprint)
+    def size() -> int:
+        sizes = (file.stat().st_size * (_COMPRESSION if file.suffix.lower() in COMPRESSED else 1) for file in files)
+        return sum(sizes)
+
+    return _Source(blocks, count, fingerprint, [str(file) for file in files], size)
+
+
+def _content(file: Path) -> str:
+    try:
+        return hash_file(file)
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror})") from error
 
 
 # ---- `datasets` ----
 
 
 def _dataset_source(dataset: Any, label: str, fingerprint: Callable[[], str]) -> _Source:
-    def rows(on_broken: OnBroken | None) -> Iterator[Row]:
+    def rows() -> Iterator[Numbered]:
         for number, data in enumerate(dataset.with_format(None), 1):
-            yield Row(label, number, without_padding(data))
+            yield number, without_padding(data), None
 
-    return _Source(rows, lambda: len(dataset), fingerprint)
+    return _Source(
+        lambda: row_blocks(label, rows()),
+        lambda: len(dataset),
+        fingerprint,
+        [label],
+        lambda: int(dataset.data.nbytes),
+    )
 
 
 def _saved_source(folder: Path, spec: DatasetConfig) -> _Source:
     """A folder written by `save_to_disk`."""
     import datasets  # heavy, and needed by few
 
-    wanted = _split_name(spec)
+    wanted = split_name(spec)
     if spec.data_files:
         raise DataError(f"{folder}: is a saved `datasets` folder, so `data_files` has no meaning; use `split`")
     try:
@@ -277,7 +349,7 @@ def _saved_source(folder: Path, spec: DatasetConfig) -> _Source:
     elif wanted not in ("train", str(loaded.split)):
         raise DataError(f"{folder}: one data set without splits; expected `split: train`, not {wanted!r}")
     files = sorted(file for file in folder.rglob("*") if file.is_file())
-    return _dataset_source(loaded, str(folder), lambda: hash_bytes(*(hash_file(file).encode() for file in files)))
+    return _dataset_source(loaded, str(folder), lambda: hash_bytes(*(_content(file).encode() for file in files)))
 
 
 def _hub_source(spec: DatasetConfig) -> _Source:

@@ -3,58 +3,57 @@
 For each turn two questions are answered by rendering, never by searching for markers in the text:
 
 - Where does the model start to write? At the end of the prompt that it would be given at that turn: the conversation up
-  to there rendered with the generation prompt. The whole conversation must start with exactly that text; where it does
-  not, the template rewrites earlier turns and no label would be right.
+  to there rendered with the generation prompt. The whole conversation must start with exactly that text.
 - Where does the row's text end? The conversation is rendered once more with a probe text in that turn's place; whatever
   follows the probe there follows the turn's text here.
+
+And the conversation up to and including the turn, rendered alone, must show the turn as the whole one does. Where it
+does not, the template rewrites earlier turns, and no label on this text would be right (`RewrittenError`).
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import jinja2
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from eft.core.records import Message
+from eft.data.formats.chat import REASONING
+from eft.data.token_facts import TokenizerFacts
 
 _SWITCHES = ("enable_thinking", "thinking")
 """Variables by which templates choose between generation prompts. An empty reasoning block that the prompt itself can
 open and close (Qwen3) is part of the prompt: the row has no such text, and training on it would teach not to think."""
-RENDER_ERRORS = (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError)
+RENDER_ERRORS = (
+    jinja2.TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
 
 
 class UnprovableError(Exception):
     """A span of this conversation cannot be proven; the message becomes `Rejected.reason`."""
 
 
+class RewrittenError(UnprovableError):
+    """The model would have been given another text at this turn than the one that stands in the conversation."""
+
+
 @dataclass(frozen=True)
 class Span:
-    """Characters [start, stop) of the rendered conversation."""
+    """Characters [start, stop) of the rendered conversation, and the weight of their tokens in the loss."""
 
     start: int
     stop: int
-
-
-class TokenizerFacts:
-    """What is asked of the tokenizer once per batch."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        added = tokenizer.added_tokens_decoder
-        special = {token.content: token_id for token_id, token in added.items() if token.special}
-        if isinstance(tokenizer.eos_token, str):
-            special.setdefault(tokenizer.eos_token, int(tokenizer.convert_tokens_to_ids(tokenizer.eos_token)))
-        self.special_ids = np.array(sorted(special.values()), dtype=np.int64)
-        longest_first = sorted(special, key=len, reverse=True)
-        self.end_token = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-        plain = [token.content for token in added.values() if not token.special and token.content.strip()]
-        plain.sort(key=len, reverse=True)
-        self.plain_end_token = re.compile(rf"\s*({'|'.join(map(re.escape, plain)) or r'(?!)'})")
+    weight: float = 1.0
 
 
 @dataclass
@@ -69,6 +68,7 @@ class Layout:
     _starts: dict[int, int] = field(default_factory=dict)
     _frames: dict[int, tuple[str, str]] = field(default_factory=dict)
     _additions: dict[tuple[str, str], str] = field(default_factory=dict)
+    _throughs: dict[int, str | None] = field(default_factory=dict)
 
     def render(self, messages: list[Message], **variables: Any) -> str:
         """The template's text for these messages; raises whatever the template raises."""
@@ -109,8 +109,12 @@ class Layout:
         except RENDER_ERRORS:
             return None
 
-    def refuse(self, turn: int, problem: str) -> UnprovableError:
-        return UnprovableError(f"turn {turn + 1} ({self.messages[turn]['role']}): {problem}")
+    def up_to(self, turn: int) -> Layout:
+        """The conversation that ends with this turn."""
+        return Layout(self.tokenizer, self.template, self.messages[: turn + 1], self.tools, self.facts)
+
+    def refuse(self, turn: int, problem: str, kind: type[UnprovableError] = UnprovableError) -> UnprovableError:
+        return kind(f"turn {turn + 1} ({self.messages[turn]['role']}): {problem}")
 
     # ---- where the model starts to write ----
 
@@ -123,8 +127,8 @@ class Layout:
                 raise self.refuse(
                     turn,
                     "the template rewrites earlier turns: the text before this turn is not the prompt that the model "
-                    f"would be given here ({_first_difference(prompts[0], self.text)}). Split the conversation so that "
-                    "it ends with this turn, or choose another `chat_template`",
+                    f"would be given here ({_first_difference(prompts[0], self.text)})",
+                    RewrittenError,
                 )
             self._starts[turn] = max(matching) if matching else self._opening_start(turn)
         return self._starts[turn]
@@ -213,7 +217,11 @@ class Layout:
         """The first character of the row's own text in this turn."""
         head, _ = self.frame(turn)
         if not self.text.startswith(head):
-            raise self.refuse(turn, "the template rewrites earlier turns: what precedes it depends on this turn's text")
+            raise self.refuse(
+                turn,
+                "the template rewrites earlier turns: what precedes it depends on this turn's text",
+                RewrittenError,
+            )
         return len(head)
 
     def ends(self, turn: int) -> tuple[int, Span | None]:
@@ -233,12 +241,36 @@ class Layout:
             return stop, self._end_token(turn, stop)
         if "tool_calls" in self.messages[turn]:
             return self._end_of_calls(turn)
-        raise self.refuse(turn, "the template rewrites earlier turns: what follows it depends on its text")
+        raise self.refuse(
+            turn, "the template rewrites earlier turns: what follows it depends on its text", RewrittenError
+        )
+
+    def _alone(self, turn: int) -> str | None:
+        """The conversation up to and including this turn; None where the template refuses it."""
+        if turn not in self._throughs:
+            is_last = turn == len(self.messages) - 1
+            self._throughs[turn] = self.text if is_last else self.try_render(self.messages[: turn + 1])
+        return self._throughs[turn]
 
     def _through(self, turn: int) -> str | None:
         """The conversation up to and including this turn, where the whole conversation starts with that text."""
-        through = self.try_render(self.messages[: turn + 1])
+        through = self._alone(turn)
         return through if through is not None and self.text.startswith(through) else None
+
+    def require_as_written(self, turn: int, stop: int, end: Span | None) -> None:
+        """Refuse when the turn stood otherwise, or ended otherwise, in the conversation that ended with it."""
+        alone = self._alone(turn)
+        if alone is None:
+            raise self.refuse(turn, "the chat template refuses the conversation that ends with it", RewrittenError)
+        rest = alone[stop:]
+        ends_alike = end is None or not rest.strip() or rest.startswith(self.text[stop : end.stop])
+        if not (alone.startswith(self.text[:stop]) and ends_alike):
+            raise self.refuse(
+                turn,
+                "the template rewrites earlier turns: when this turn was written, it stood otherwise "
+                f"({_first_difference(alone, self.text)})",
+                RewrittenError,
+            )
 
     def _end_token(self, turn: int, stop: int) -> Span | None:
         """The end token after `stop`. An added token that is not marked special counts where it follows at once and no
@@ -261,8 +293,19 @@ class Layout:
                     raise self.refuse(turn, "the template does not show where it ends")
                 match = None
         if match:
-            return Span(match.start(), match.end())
+            return self._with_those_at_once(turn, Span(match.start(), match.end()))
         return Span(plain.start(1), plain.end(1)) if plain else None
+
+    def _with_those_at_once(self, turn: int, end: Span) -> Span:
+        """The end token with the further ones that follow it without anything between (Command R7B closes the answer,
+        then the turn), up to EOS: the model writes them all before it stops."""
+        while not self.text.endswith(self.facts.eos_token or "\0", end.start, end.stop):
+            more = self.facts.end_token.match(self.text, end.stop)
+            alone = self._alone(turn) if more else None
+            if more is None or alone is None or not alone.startswith(more.group(), end.stop):
+                break  # it opens the next turn
+            end = Span(end.start, more.end())
+        return end
 
     def _end_of_calls(self, turn: int) -> tuple[int, Span | None]:
         """As `ends`, for templates that insist on this turn's tool calls: the probe is their argument, and the end
@@ -276,8 +319,8 @@ class Layout:
             raise self.refuse(turn, "the template does not show where it ends")
         tail = probed.rpartition(probe)[2]
         matches = list(self.facts.end_token.finditer(tail))
-        if not matches:
-            return len(through), None
+        if not matches or tail[matches[-1].end() :].strip():
+            return len(through.rstrip()), None
         rest = tail[matches[-1].start() :]
         if not through.endswith(rest):
             raise self.refuse(turn, "the template does not show where it ends")
@@ -294,16 +337,32 @@ class Layout:
             if "".join(value.split()) not in written:
                 raise self.refuse(
                     turn,
-                    f"the template leaves out or rewrites its {name}, so it cannot be trained as it stands in the row; "
-                    "split the conversation so that it ends with this turn, or choose another `chat_template`",
+                    f"the template leaves out or rewrites its {name}, so it cannot be trained as it stands in the row",
+                    RewrittenError,
                 )
+
+    def content_span(self, turn: int) -> tuple[Span, int]:
+        """Where the row's content stands in this turn, and how many of its first characters the template trimmed."""
+        (probe,) = self._probes(1)
+        probed = self.try_render(
+            [*self.messages[:turn], {**self.messages[turn], "content": probe}, *self.messages[turn + 1 :]]
+        )
+        if probed is not None and probed.count(probe) == 1:
+            head, _, tail = probed.partition(probe)
+            content = self.messages[turn]["content"]
+            span = Span(len(head), len(self.text) - len(tail))
+            written = self.text[span.start : span.stop]
+            if self.text.startswith(head) and self.text.endswith(tail) and written.strip() == content.strip():
+                return span, content.find(written) if written else 0
+        raise self.refuse(turn, "the template does not show where its content stands, so no part of it can be trained")
 
 
 def _replaced(message: Message, text: str) -> Message:
     """The turn with nothing but this text."""
     replaced: Message = {**message, "content": text}
     replaced.pop("tool_calls", None)
-    replaced.pop("reasoning_content", None)
+    for name in REASONING:
+        replaced.pop(name, None)  # type: ignore[misc]  # names that a template may read, beside those of a Message
     return replaced
 
 

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from eft.config.model import AdapterConfig, FreezingConfig
 from eft.core.errors import ConfigError, ModelError, nearest
 from eft.models.location import is_local, resolve_location
+from eft.models.plain import base_model_of
 from eft.models.seeding import seeded_rng
 
 ALL_LINEAR = "all-linear"
@@ -221,14 +222,32 @@ def final_norms(model: nn.Module) -> list[str]:
     return [f"{parent_name}.{name}" if parent_name else name for name in chosen]
 
 
-def set_dtypes(model: nn.Module) -> None:
+def set_dtypes(model: PreTrainedModel | PeftModel, *, pure_bf16: bool = False, fp32_gradients: bool = False) -> None:
     """D10: trainable parameters to fp32, frozen ones as they were loaded; in place, tied weights stay tied.
+
+    With `pure_bf16` all parameters to bf16 instead, and the model's config says so, by which it is saved; those stay
+    fp32 that a half-precision checkpoint was loaded with, because the family computes them so. `fp32_gradients`: their
+    gradients are fp32 all the same, for sums over micro-batches.
 
     Call it after the adapter and the freezing.
     """
+    if pure_bf16:
+        _set_bf16(base_model_of(model), fp32_gradients)
+        return
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
             parameter.data = parameter.data.float()
+
+
+def _set_bf16(model: PreTrainedModel, fp32_gradients: bool) -> None:
+    config = model.config
+    stays = torch.float32 if config.dtype in (torch.bfloat16, torch.float16) else None
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.dtype != stays:
+            parameter.data = parameter.data.bfloat16()
+        if parameter.requires_grad and fp32_gradients:
+            parameter.grad_dtype = torch.float32
+    config.dtype = torch.bfloat16
 
 
 def enable_gradient_flow(model: PreTrainedModel | PeftModel, *, use_reentrant: bool) -> bool:

@@ -20,13 +20,14 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_causal_mask, create_masks_for_generate
 
 from eft.core.errors import ModelError
+from eft.models.attention_record import AttentionRecord, record_attention
 from eft.models.document_attention import (
     PACKED_ATTENTION,
-    AttentionRecord,
     packed_forward,
-    record_attention,
     register,
 )
+from eft.models.layer_outputs import first_layer_apart, record_layers
+from eft.models.row_length import row_length_fault
 
 __all__ = [
     "PACKED_ATTENTION",
@@ -85,15 +86,20 @@ class BoundaryMeasurement:
     """Calls of our attention function in the packed run, and the masks that we built for it."""
     alone: AttentionRecord
     """The same in the runs of single documents, with the masks that the model built."""
+    leak_place: str
+    """`, first in model.layers.1`: where other documents begin to change; empty if no layer is found."""
+    difference_place: str
+    """The same for where packed documents begin to differ from the same ones alone."""
 
     def fault(self) -> str | None:
         """What is wrong, or None. Written so that NaN is wrong."""
         if not self.own_change > 0:
             return "the model's logits do not depend on its input, so nothing can be proven"
         if not self.leak <= self.leak_limit:
-            return f"documents see each other (leak {self.leak:.1e} of the largest logit)"
+            return f"documents see each other (leak {self.leak:.1e} of the largest logit{self.leak_place})"
         if not self.difference <= self.difference_limit:
-            return f"a packed document differs from the same one alone ({self.difference:.1e} of the largest logit)"
+            amount = f"{self.difference:.1e} of the largest logit{self.difference_place}"
+            return f"a packed document differs from the same one alone ({amount})"
         return None
 
 
@@ -147,7 +153,9 @@ def packed_mask(model: nn.Module, position_ids: Tensor, form: MaskForm = "by_con
     found = list(mask.values()) if isinstance(mask, dict) else [mask]
     # `[1, 1, T, T]` is what every family understands as prebuilt.
     if not all(isinstance(entry, Tensor) and entry.ndim == 4 for entry in found):
-        raise ModelError(f"packing: `{config._attn_implementation}` attention has no prebuilt masks")
+        raise ModelError(
+            f"packing: no mask [1, 1, T, T] can be made for every layer (`{config._attn_implementation}` attention)"
+        )
     if form != "by_layer_type" and len(found) > 1:
         raise ModelError(f"packing: {type(base).__name__} has layers of several kinds, one mask cannot serve them all")
     return dict(mask) if form == "by_layer_type" else found[0]
@@ -190,34 +198,51 @@ def _forward_arguments(model_class: type[nn.Module]) -> tuple[frozenset[str], bo
     return frozenset(parameters), any(entry.kind is entry.VAR_KEYWORD for entry in parameters.values())
 
 
-def packing_support(model: nn.Module, *, autocast_dtype: torch.dtype | None = None) -> BoundarySupport:
+def packing_support(
+    model: nn.Module,
+    *,
+    autocast_dtype: torch.dtype | None = None,
+    longest_document: int | None = None,
+    longest_row: int | None = None,
+) -> BoundarySupport:
     """How this model keeps packed documents apart, found by running it on a row of three tiny documents.
 
     Tried in order: the boundaries as arguments (with our attention: called with them in every attention layer, and
     with the same look-back as the model's own masks), then prebuilt masks that look back as far as the model's own.
-    The model's modes and every random generator stay as they are. `autocast_dtype` is what training will run under.
+    The model's modes and every random generator stay as they are. `autocast_dtype` is what training will run under;
+    lengths are in tokens, None for any: some families compute something else once rows are long enough.
     """
-    faults: list[str] = []
+    too_long = row_length_fault(base_of(model).config.get_text_config(), longest_document, longest_row)
+    if too_long is not None:
+        return BoundarySupport("refused", too_long, float("nan"), float("nan"))
+    faults: dict[str, list[str]] = {}
     attempts = [BoundarySupport("native", "boundaries reach every attention layer", 0.0, 0.0)]
     by_type = getattr(base_of(model).config.get_text_config(), "layer_types", None) is not None
     forms: list[MaskForm] = ["by_layer_type", "by_config", "causal"] if by_type else ["by_config", "causal"]
     attempts += [BoundarySupport("mask", "", 0.0, 0.0, form) for form in forms]
     leak, difference = float("nan"), float("nan")
     for attempt in attempts:
-        way = "boundaries as arguments" if attempt.mode == "native" else f"prebuilt mask {attempt.mask_form}"
+        way = "boundaries as arguments" if attempt.mode == "native" else f"mask {attempt.mask_form}"
         # A foreign forward may raise anything on arguments it does not know; the text is the reason we give.
         try:
             measured = measure_boundaries(model, attempt, autocast_dtype=autocast_dtype)
             fault = measured.fault() or _look_back_fault(model, attempt, measured)
         except Exception as error:
-            faults.append(f"{way}: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}")
+            text = str(error).strip().splitlines()[0] if str(error) else ""
+            fault = text if isinstance(error, ModelError) else f"{type(error).__name__}: {text}"
+            faults.setdefault(fault, []).append(way)
             continue
         leak, difference = measured.leak, measured.difference
         if fault is None:
-            reason = "; ".join(faults) or attempt.reason
+            reason = _told(faults) or attempt.reason
             return BoundarySupport(attempt.mode, reason, leak, difference, attempt.mask_form)
-        faults.append(f"{way}: {fault}")
-    return BoundarySupport("refused", "; ".join(faults), leak, difference)
+        faults.setdefault(fault, []).append(way)
+    return BoundarySupport("refused", _told(faults), leak, difference)
+
+
+def _told(faults: dict[str, list[str]]) -> str:
+    """Each fault once, after the ways that have it."""
+    return "; ".join(f"{', '.join(ways)}: {fault.removeprefix('packing: ')}" for fault, ways in faults.items())
 
 
 def measure_boundaries(
@@ -234,11 +259,12 @@ def measure_boundaries(
     perturbed[:first] = (ids[:first] + torch.randint(1, vocabulary, (first,), generator=generator)) % vocabulary
     device = base.get_input_embeddings().weight.device
 
-    with _probing(model, autocast_dtype) as precision:
-        with record_attention() as packed_record:
+    with probing(model, autocast_dtype) as precision:
+        with record_attention() as packed_record, record_layers(model) as packed_layers:
             packed = _packed_logits(model, support, ids.to(device))
-        changed = _packed_logits(model, support, perturbed.to(device))
-        with record_attention() as alone_record:
+        with record_layers(model) as changed_layers:
+            changed = _packed_logits(model, support, perturbed.to(device))
+        with record_attention() as alone_record, record_layers(model) as alone_layers:
             alone = torch.cat(
                 [_alone_logits(model, part.to(device)) for part in torch.split(ids, list(_PROBE_LENGTHS))]
             )
@@ -246,15 +272,17 @@ def measure_boundaries(
     change = (changed - packed).abs() / scale
     full = precision in (torch.float32, torch.float64)
     limit = _DIFFERENCE_FP32 if full else _DIFFERENCE_EPS * torch.finfo(precision).eps
-    expert_leak = _LEAK_EXPERTS_FP32 if full else limit
+    leak_limit = (_LEAK_EXPERTS_FP32 if full else limit) if _has_experts(base.config.get_text_config()) else 0.0
     return BoundaryMeasurement(
         leak=float(change[first:].max()),
         difference=float(((packed - alone).abs() / scale).max()),
         own_change=float(change[:first].max()),
-        leak_limit=expert_leak if _has_experts(base.config.get_text_config()) else 0.0,
+        leak_limit=leak_limit,
         difference_limit=limit,
         packed=packed_record,
         alone=alone_record,
+        leak_place=first_layer_apart(packed_layers, changed_layers, limit=leak_limit, start=first),
+        difference_place=first_layer_apart(packed_layers, alone_layers, limit=limit),
     )
 
 
@@ -292,7 +320,7 @@ def _wide(logits: Tensor) -> Tensor:
 
 
 @contextmanager
-def _probing(model: nn.Module, autocast_dtype: torch.dtype | None) -> Iterator[torch.dtype]:
+def probing(model: nn.Module, autocast_dtype: torch.dtype | None) -> Iterator[torch.dtype]:
     """Evaluation mode without gradients; afterwards every module's mode and the random generators are as before.
 
     Yields the precision of the forward. Parameters of several floating dtypes (fp32 trained, bf16 frozen) only work
@@ -322,7 +350,8 @@ def _look_back_fault(model: nn.Module, support: BoundarySupport, measured: Bound
     config = base_of(model).config.get_text_config()
     if support.mode == "mask":
         return _mask_fault(config, support.mask_form, measured)
-    return _call_fault(config, measured) if config._attn_implementation == PACKED_ATTENTION else None
+    ours = config._attn_implementation == PACKED_ATTENTION or measured.packed.calls
+    return _call_fault(config, measured) if ours else None
 
 
 def _call_fault(config: PretrainedConfig, measured: BoundaryMeasurement) -> str | None:
@@ -362,4 +391,6 @@ def _attention_layers(config: PretrainedConfig) -> int:
 
 
 def _has_experts(config: PretrainedConfig) -> bool:
-    return any((getattr(config, key, None) or 0) > 1 for key in _EXPERT_KEYS)
+    """By the config or one inside it (DBRX keeps its experts in a config of their own)."""
+    configs = [config, *(value for value in vars(config).values() if isinstance(value, PretrainedConfig))]
+    return any((getattr(entry, key, None) or 0) > 1 for entry in configs for key in _EXPERT_KEYS)

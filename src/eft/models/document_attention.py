@@ -25,6 +25,9 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 
 from eft.core.errors import ModelError
+from eft.models.attention_record import AttentionCall, current_record
+from eft.models.flex_documents import document_blocks, flex_documents
+from eft.models.tiled_attention import has_fast_products, tiled_attention
 
 PACKED_ATTENTION = "eft"
 """The name under which the attention and its mask function are registered."""
@@ -32,31 +35,7 @@ PACKED_ATTENTION = "eft"
 _REFUSED_ARGUMENTS = ("position_bias", "indices", "block_indices")
 """What some families hand to their attention that depends on positions in the whole row."""
 _MAX_FLASH_HEAD_DIM = 256
-
-
-@dataclass(frozen=True)
-class AttentionCall:
-    """One call of our attention function."""
-
-    module: int
-    """`id` of the attention module."""
-    bounded: bool
-    """Whether document boundaries arrived."""
-    span: int | None
-    """How far the layer looks back, in tokens: the sliding window or the chunk; None without a limit."""
-    mask: int | None
-    """Address of the mask's storage, None without a mask."""
-
-
-@dataclass
-class AttentionRecord:
-    """What happened inside `record_attention()`."""
-
-    calls: list[AttentionCall] = field(default_factory=list)
-    masks: dict[int, int | None] = field(default_factory=dict)
-    """Address of each mask that was built → the span it was built for."""
-    kept: list[Tensor] = field(default_factory=list)
-    """The masks themselves, so that no address is used twice."""
+_MIN_FLEX_HEAD_DIM = 16
 
 
 @dataclass
@@ -65,10 +44,11 @@ class _PackedForward:
 
     without_mask: bool = False
     """A mask was left out, so every attention layer must receive the boundaries."""
+    blocks: dict[tuple[int | None, int | None], Any] = field(default_factory=dict)
+    """Block masks of flex attention by (window, chunk), made by the first layer that needs them."""
 
 
 _packed: ContextVar[_PackedForward | None] = ContextVar("eft_packed_forward", default=None)
-_record: ContextVar[AttentionRecord | None] = ContextVar("eft_attention_record", default=None)
 
 
 @contextmanager
@@ -84,17 +64,6 @@ def packed_forward() -> Iterator[None]:
         _packed.reset(token)
 
 
-@contextmanager
-def record_attention() -> Iterator[AttentionRecord]:
-    """Record every call of our attention function, for the probes. Masks are then built even where none is needed."""
-    record = AttentionRecord()
-    token = _record.set(record)
-    try:
-        yield record
-    finally:
-        _record.reset(token)
-
-
 def register() -> None:
     """Make `PACKED_ATTENTION` known to transformers, attention and mask both (alone, padding masks would vanish)."""
     AttentionInterface.register(PACKED_ATTENTION, document_attention)
@@ -107,15 +76,19 @@ def document_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     if forward is not None and kwargs.get("attention_mask") is None:
         forward.without_mask = True
         return None
-    record = _record.get()
+    record = current_record()
     if record is None:
         return sdpa_mask(*args, **kwargs)  # type: ignore[no-any-return]
-    mask: Tensor = sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
+    mask: Tensor | None = sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
+    if mask is None:  # attention in both directions, where nothing is hidden
+        return None
     record.kept.append(mask)
     record.masks[mask.untyped_storage().data_ptr()] = kwargs.get("local_size")
     return mask
 
 
+# The documents' lengths are read on the host, which no graph can hold.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def document_attention(
     module: nn.Module,
     query: Tensor,
@@ -138,7 +111,7 @@ def document_attention(
     that cannot be computed per document.
     """
     chunk = _chunk_of(module)
-    if (record := _record.get()) is not None:
+    if (record := current_record()) is not None:
         address = None if attention_mask is None else attention_mask.untyped_storage().data_ptr()
         span = sliding_window if sliding_window is not None else chunk
         record.calls.append(AttentionCall(id(module), cu_seq_lens_q is not None, span, address))
@@ -165,6 +138,8 @@ def document_attention(
     if layer.runs_on_flash(query, value):
         longest = int(max_length_q) if max_length_q is not None else query.shape[2]
         return _flash(layer, query, key, value, cu_seq_lens_q, longest), None
+    if layer.runs_on_flex(query):
+        return _flex(layer, query, key, value, cu_seq_lens_q), None
     return _per_document(layer, query, key, value, cu_seq_lens_q.tolist()), None
 
 
@@ -193,6 +168,18 @@ class _Layer:
             and torch.cuda.get_device_capability(query.device) >= (8, 0)
             and (not self.needs_flash_package() or find_spec("flash_attn") is not None)
         )
+
+    def runs_on_flex(self, query: Tensor) -> bool:
+        """Whether flex attention computes this layer, which no flash kernel here can: soft-capped scores, or sinks."""
+        special = self.softcap is not None or self.sinks is not None
+        half = _kernel_dtype(query) in (torch.float16, torch.bfloat16)
+        return special and half and query.is_cuda and self.dropout == 0 and query.shape[-1] >= _MIN_FLEX_HEAD_DIM
+
+    def runs_in_tiles(self, query: Tensor) -> bool:
+        """Whether this layer is plain softmax in bf16 on a CPU that multiplies bf16 fast."""
+        plain = self.dropout == 0 and self.softcap is None and self.sinks is None
+        on_cpu = query.device.type == "cpu" and has_fast_products()
+        return plain and on_cpu and _kernel_dtype(query) == torch.bfloat16
 
     def needs_flash_package(self) -> bool:
         """torch's own kernel has neither dropout nor soft-capping; the flash-attn package has both."""
@@ -229,6 +216,10 @@ def _per_document(layer: _Layer, query: Tensor, key: Tensor, value: Tensor, boun
         )
     if layer.chunk is not None:
         bounds = _split_chunks(bounds, layer.chunk)
+    if layer.runs_in_tiles(query):
+        scaling = query.shape[-1] ** -0.5 if layer.scaling is None else layer.scaling
+        q, k, v = (tensor.bfloat16() for tensor in (query, key, value))
+        return tiled_attention(q, k, v, bounds, scaling=scaling, window=layer.window)
     lengths = [end - start for start, end in pairwise(bounds)]
     if len(lengths) == 1:
         return _documents_of_one_length(layer, query, key, value)
@@ -335,6 +326,17 @@ def _flash(layer: _Layer, query: Tensor, key: Tensor, value: Tensor, cu_seq_lens
         )
     assert isinstance(output, Tensor)
     return output[..., :value_dim].unsqueeze(0)
+
+
+def _flex(layer: _Layer, query: Tensor, key: Tensor, value: Tensor, cu_seq_lens: Tensor) -> Tensor:
+    """All documents in one call, where scores are soft-capped or have sinks (CUDA, half precision)."""
+    forward, kind = _packed.get(), (layer.window, layer.chunk)
+    made = {} if forward is None else forward.blocks
+    if kind not in made:
+        made[kind] = document_blocks(cu_seq_lens, query.shape[2], window=layer.window, chunk=layer.chunk)
+    q, k, v = (tensor.to(_kernel_dtype(query)) for tensor in (query, key, value))
+    scaling, softcap, sinks = layer.scaling, layer.softcap, layer.sinks
+    return flex_documents(q, k, v, made[kind], scaling=scaling, softcap=softcap, sinks=sinks)
 
 
 @lru_cache(maxsize=1)

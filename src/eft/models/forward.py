@@ -1,21 +1,27 @@
-"""One forward pass through the wrapped model that gives logits at the trained positions only (D5)."""
+"""One forward pass through the wrapped model (D5): the loss of the trained tokens, or their logits.
+
+Always through the wrapped model: calling the decoder inside it would bypass autocast and the hooks of DDP and FSDP.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from eft.models.attention import BoundarySupport, boundary_inputs, packed_forward
+from eft.models.loss_head import HeadLoss, LossHead, loss_request
+from eft.models.router_logits import RouterLoss
+
+LogitLoss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""(logits [K, V], targets int64 [K], weights [K] or None) to Σ weight · loss."""
 
 
 @dataclass(frozen=True)
 class TrainedLogits:
-    """Batch to logits [K, vocab] of its K trained positions.
-
-    Always through the wrapped model: calling the decoder inside it would bypass autocast and the hooks of DDP and FSDP.
-    """
+    """Batch to logits [K, vocab] of its K trained positions."""
 
     support: BoundarySupport
     keeps_positions: bool
@@ -23,11 +29,60 @@ class TrainedLogits:
 
     def __call__(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         """`batch` as the collator makes it; its row count is 1 unless the family needs padded rows."""
-        inputs = boundary_inputs(self.support, model, batch)
+        logits, _ = self.with_output(model, batch, {})
+        return logits
+
+    def with_output(self, model: nn.Module, batch: dict[str, Any], options: dict[str, Any]) -> tuple[Tensor, Any]:
+        """The logits and the model's whole output; `options`: further arguments of the forward."""
+        inputs = boundary_inputs(self.support, model, batch) | options
         positions: Tensor = batch["trained_positions"]
         one_row = batch["input_ids"].shape[0] == 1
         with packed_forward():
             if one_row and self.keeps_positions:
-                return model(**inputs, use_cache=False, logits_to_keep=positions).logits[0]  # type: ignore[no-any-return]
-            logits = model(**inputs, use_cache=False).logits
-        return logits.flatten(0, 1)[positions]  # type: ignore[no-any-return]
+                output = model(**inputs, use_cache=False, logits_to_keep=positions)
+                return output.logits[0], output
+            output = model(**inputs, use_cache=False)
+        return output.logits.flatten(0, 1)[positions], output
+
+
+@dataclass(frozen=True)
+class TrainedLoss:
+    """Batch to Σ weight · loss of its trained tokens, a scalar: without logits where the head is known."""
+
+    forward: TrainedLogits
+    head: LossHead | None
+    """None: the loss is computed from the logits of the trained positions."""
+    from_hidden: HeadLoss
+    from_logits: LogitLoss
+    router: RouterLoss | None = None
+    """Adds the load balance of experts."""
+
+    def __call__(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        """`batch` as the loader makes it."""
+        if self.head is None:
+            return self.with_logits(model, batch)[0]
+        inputs = boundary_inputs(self.forward.support, model, batch) | self._options()
+        positions, targets, weights = _trained(batch)
+        with packed_forward(), loss_request(self.head, self.from_hidden, positions, targets, weights):
+            output = model(**inputs, use_cache=False)
+        assert output.loss is not None, "the hooks of find_loss_head are gone"
+        return self._add_balance(output.loss, output, batch)
+
+    def with_logits(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """The same loss and the logits [K, vocab] that it was computed from."""
+        logits, output = self.forward.with_output(model, batch, self._options())
+        _, targets, weights = _trained(batch)
+        return self._add_balance(self.from_logits(logits, targets, weights), output, batch), logits
+
+    def _options(self) -> dict[str, Any]:
+        return {} if self.router is None else {"output_router_logits": True}
+
+    def _add_balance(self, loss: Tensor, output: Any, batch: dict[str, Any]) -> Tensor:
+        return loss if self.router is None else loss + self.router(output.router_logits, batch)
+
+
+def _trained(batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(positions int64 [K], targets int64 [K], weights float32 [K] or None) of the trained tokens."""
+    positions: Tensor = batch["trained_positions"]
+    weights = batch["loss_weights"].reshape(-1)[positions] if "loss_weights" in batch else None
+    return positions, batch["shift_labels"].reshape(-1)[positions], weights

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from eft.core.records import Message
+from eft.models.compile import without_compilation
 from eft.models.seeding import seeded_rng
 
 _MARK = "eftmark"
@@ -71,7 +72,8 @@ def generate_ids(
     generation = GenerationConfig(
         max_new_tokens=max_new_tokens, pad_token_id=pad, eos_token_id=stops or None, use_cache=True, **_GREEDY
     )
-    output = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=generation)
+    with without_compilation():
+        output = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=generation)
     answers = output[:, width:].tolist()
     return [_until_stop(answer, stops) for answer in answers]
 

@@ -17,6 +17,8 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from eft.optim.bf16 import MASTER
+
 
 class TrainingIterate:
     """Mixed into a schedule-free optimizer, in front of the library's class: the parameters stay at y.
@@ -57,7 +59,8 @@ def averaged_parameters(optimizer: Optimizer) -> Iterator[tuple[nn.Parameter, Te
             state = optimizer.state.get(parameter, {})
             if "z" in state:
                 precise = torch.promote_types(parameter.dtype, torch.float32)
-                y, z = parameter.detach().to(precise), state["z"].to(parameter.device, precise)
+                # A bf16 parameter may have its weights in fp32 beside it.
+                y, z = state.get(MASTER, parameter).detach().to(precise), state["z"].to(parameter.device, precise)
                 yield parameter, torch.lerp(y, z, 1 - 1 / beta).to(parameter.dtype)
 
 

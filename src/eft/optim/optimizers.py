@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from eft.config.optim import OptimConfig
 from eft.core.errors import ConfigError, ModelError
 from eft.optim.averaging import evaluation_state_dict, evaluation_weights, is_schedule_free
+from eft.optim.bf16 import Bf16Update, Fp32Updates, with_fp32_updates
 from eft.optim.options import Option, check_options
 from eft.optim.param_groups import param_groups
 
@@ -222,8 +223,14 @@ OPTIMIZERS: dict[str, OptimizerRow] = {
 """Exactly the names of `config.optim.OptimizerName`."""
 
 
-def build_optimizer(cfg: OptimConfig, model: nn.Module) -> Optimizer:
+def build_optimizer(
+    cfg: OptimConfig, model: nn.Module, *, bf16_update: Bf16Update | None = None, seed: int = 0
+) -> Optimizer:
     """The optimizer that `cfg` names over the trainable parameters of `model`, in the groups of `param_groups`.
+
+    Args:
+        bf16_update: how updates reach bf16 parameters (`optim.bf16`); None where none is trained in bf16.
+        seed: of the random bits of stochastic rounding.
 
     Raises:
         ConfigError: an option or key that this optimizer does not use, or a missing package.
@@ -238,13 +245,18 @@ def build_optimizer(cfg: OptimConfig, model: nn.Module) -> Optimizer:
         raise ConfigError(f"adam_beta1: {owner} needs more than 0; at 0 the average cannot be told from the iterate.")
     groups = param_groups(model, cfg)
     arguments = {"lr": cfg.learning_rate, **row.arguments(cfg), **options}
+    if bf16_update is not None:
+        factory = with_fp32_updates(factory)
     try:
-        optimizer: Optimizer = factory(groups, **arguments)
+        optimizer = factory(groups, **arguments)
     except ValueError as error:
         # The library checks ranges and combinations (Nesterov without momentum) itself.
         raise ConfigError(f"optim_args: {owner} refuses {options or 'its settings'}: {error}") from error
     except RuntimeError as error:
         raise ModelError(f"optimizer: {cfg.optimizer} cannot update this model's parameters: {error}") from error
+    if bf16_update is not None:
+        assert isinstance(optimizer, Fp32Updates)
+        optimizer.prepare(bf16_update, seed)
     return optimizer
 
 
@@ -265,7 +277,7 @@ def _refuse_unused(cfg: OptimConfig, row: OptimizerRow) -> None:
             raise ConfigError(f"{key}: not used by optimizer {cfg.optimizer}; remove it, or choose one of: {users}.")
 
 
-def _load(row: OptimizerRow, name: str) -> Callable[..., Optimizer]:
+def _load(row: OptimizerRow, name: str) -> type[Optimizer]:
     try:
         module = importlib.import_module(row.module)
     except ModuleNotFoundError as error:
@@ -274,5 +286,5 @@ def _load(row: OptimizerRow, name: str) -> Callable[..., Optimizer]:
         raise ConfigError(
             f"optimizer: {name} needs the package {row.package}; pip install 'eft-trainer[optimizers]'."
         ) from error
-    factory: Callable[..., Optimizer] = getattr(module, row.attribute)
+    factory: type[Optimizer] = getattr(module, row.attribute)
     return factory

@@ -11,7 +11,8 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,21 +26,10 @@ from eft.core.atomic import TEMPORARY_MARK, fsync_path, new_folder, remove_lefto
 from eft.core.constants import CHECKPOINT_PREFIX, MANIFEST_NAME
 from eft.core.errors import CheckpointError
 from eft.core.hashing import hash_file
-from eft.runtime.optimizer_state import load_optimizer, load_scheduler, save_optimizer, save_scheduler
-from eft.runtime.weights import load_weights, save_weights
-
-__all__ = [
-    "CheckpointStore",
-    "NewestCheckpoint",
-    "load_optimizer",
-    "load_scheduler",
-    "load_weights",
-    "save_optimizer",
-    "save_scheduler",
-    "save_weights",
-    "verify_manifest",
-    "write_manifest",
-]
+from eft.runtime.background import BackgroundJob
+from eft.runtime.draft import Draft, TensorCopies
+from eft.runtime.optimizer_state import add_optimizer, load_optimizer
+from eft.runtime.weights import add_weights, load_weights
 
 MANIFEST_FORMAT = 1
 _STEP = re.compile(re.escape(CHECKPOINT_PREFIX) + r"(\d+)")
@@ -57,14 +47,30 @@ class NewestCheckpoint:
     """Newer folders that are not complete, each with the reason."""
 
 
+@dataclass(frozen=True)
+class SaveTimes:
+    """Seconds of one save: the training stood still for `blocked_s`; the folder was there after `write_s`."""
+
+    step: int
+    blocked_s: float
+    write_s: float
+
+
 class CheckpointStore:
     """The checkpoints of one run, in `output_dir`."""
 
-    def __init__(self, output_dir: Path, *, save_total_limit: int | None) -> None:
-        """Keeps the newest `save_total_limit` checkpoints (None: all) and the best one. Touches no file."""
+    def __init__(self, output_dir: Path, *, save_total_limit: int | None, asynchronous: bool = False) -> None:
+        """Keeps the newest `save_total_limit` checkpoints (None: all) and the best one. Touches no file.
+
+        With `asynchronous`, `save` returns once the state was copied, and writes beside the next steps.
+        """
         assert save_total_limit is None or save_total_limit >= 1
         self.output_dir = output_dir
         self.save_total_limit = save_total_limit
+        self.times: list[SaveTimes] = []
+        """Of every save that is over."""
+        self._copies = TensorCopies() if asynchronous else None
+        self._job = BackgroundJob()
 
     def path(self, step: int) -> Path:
         """The folder of `step`, there or not."""
@@ -96,6 +102,49 @@ class CheckpointStore:
             else:
                 return NewestCheckpoint(folder, skipped)
         return NewestCheckpoint(None, skipped)
+
+    def save(
+        self,
+        step: int,
+        best_step: int | None,
+        extra: Mapping[str, Any],
+        *,
+        keep: bool,
+        fill: Callable[[Draft], None],
+    ) -> None:
+        """Write `checkpoint-<step>` with what `fill` adds to a draft; arguments as for `write`.
+
+        Asynchronous: returns when everything was added. One save at a time is under way; the next one waits for it.
+
+        Raises:
+            CheckpointError: as `write` does; of an asynchronous save it is raised by the next `wait` or `save`.
+        """
+        started = time.perf_counter()
+        self.wait()
+        draft = Draft(self._copies)
+        fill(draft)
+        draft.finish()
+
+        def write() -> None:
+            with self.write(step, best_step, extra, keep=keep) as folder:
+                if folder is not None:
+                    draft.write(folder)
+            seconds = time.perf_counter() - started
+            self.times.append(SaveTimes(step, seconds if self._copies is None else blocked, seconds))
+
+        blocked = time.perf_counter() - started
+        if self._copies is None:
+            write()
+        else:
+            self._job.start(write)
+
+    def wait(self) -> None:
+        """Wait until the save that is under way is on the disk; raises CheckpointError where it failed."""
+        self._job.wait()
+
+    def raise_failure(self) -> None:
+        """Raise CheckpointError where an asynchronous save has failed meanwhile; waits for nothing."""
+        self._job.raise_failure()
 
     @contextmanager
     def write(
@@ -173,17 +222,17 @@ class CheckpointStore:
 
     # The same functions as methods, for callers that are handed only the store.
 
-    def save_weights(self, folder: Path, model: nn.Module) -> None:
-        """See `weights.save_weights`."""
-        save_weights(folder, model)
+    def add_weights(self, draft: Draft, model: nn.Module) -> None:
+        """See `weights.add_weights`."""
+        add_weights(draft, model)
 
     def load_weights(self, folder: Path, model: nn.Module) -> None:
         """See `weights.load_weights`."""
         load_weights(folder, model)
 
-    def save_optimizer(self, folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
-        """See `optimizer_state.save_optimizer`."""
-        save_optimizer(folder, optimizer, model)
+    def add_optimizer(self, draft: Draft, model: nn.Module, optimizer: Optimizer) -> None:
+        """See `optimizer_state.add_optimizer`."""
+        add_optimizer(draft, optimizer, model)
 
     def load_optimizer(self, folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
         """See `optimizer_state.load_optimizer`."""

@@ -64,15 +64,22 @@ class Environment:
 
 @dataclass(frozen=True)
 class Precision:
-    """What the run computes in. Trainable weights are fp32 in every case (D10)."""
+    """What the run computes in (D10)."""
 
     compute_dtype: torch.dtype
     reason: str
+    pure: bool = False
+    """The weights are in the compute dtype too; otherwise trainable weights are fp32."""
 
     @property
     def autocast(self) -> bool:
         """Whether the forward pass runs under autocast."""
-        return self.compute_dtype != torch.float32
+        return self.autocast_dtype != torch.float32
+
+    @property
+    def autocast_dtype(self) -> torch.dtype:
+        """The dtype of autocast; fp32 means none."""
+        return torch.float32 if self.pure else self.compute_dtype
 
 
 def resolve_precision(cfg: TrainingConfig, env: Environment) -> Precision:
@@ -81,6 +88,8 @@ def resolve_precision(cfg: TrainingConfig, env: Environment) -> Precision:
     Raises:
         ConfigError: both are switched on, or fp16 without CUDA, or bf16 on a GPU that only emulates it.
     """
+    if cfg.bfloat16:
+        return _pure_bf16(cfg, env)
     if cfg.fp16:
         if cfg.bf16 is True:
             raise ConfigError("fp16: `bf16: true` is set too; keep one of the two.")
@@ -97,6 +106,13 @@ def resolve_precision(cfg: TrainingConfig, env: Environment) -> Precision:
     if env.device.type == "cuda":
         raise ConfigError(f"bf16: {env.bf16_reason}; set `bf16: false`, or `fp16: true`.")
     return Precision(torch.bfloat16, f"bf16: true, though {env.bf16_reason}: correct, but slower than fp32")
+
+
+def _pure_bf16(cfg: TrainingConfig, env: Environment) -> Precision:
+    if not env.bf16_native and env.device.type == "cuda":
+        raise ConfigError(f"bfloat16: {env.bf16_reason}; remove it.")
+    slow = "" if env.bf16_native else f", though {env.bf16_reason}: correct, but slower than fp32"
+    return Precision(torch.bfloat16, f"bfloat16: true, updates by {cfg.bf16_update.replace('_', ' ')}{slow}", pure=True)
 
 
 def versions() -> dict[str, str]:

@@ -16,7 +16,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from eft.core.atomic import write_json
 from eft.core.errors import CheckpointError
-from eft.runtime.tensors import check_names, read_tensors, save_tensors
+from eft.runtime.draft import Draft
+from eft.runtime.tensors import check_names, read_tensors
 
 TENSOR_FILE = "optimizer.safetensors"
 SCALAR_FILE = "optimizer.json"
@@ -28,11 +29,18 @@ _MOVING = frozenset({"lr", "step", "k", "weight_sum", "lr_max", "scheduled_lr", 
 
 
 def save_optimizer(folder: Path, optimizer: Optimizer, model: nn.Module) -> None:
-    """Write the state of `optimizer` over the parameters of the unwrapped `model` into `folder`.
+    """Write what `add_optimizer` gathers into `folder`, at once; raises CheckpointError also where a file reads back
+    differently."""
+    draft = Draft()
+    add_optimizer(draft, optimizer, model)
+    draft.write(folder)
+
+
+def add_optimizer(draft: Draft, optimizer: Optimizer, model: nn.Module) -> None:
+    """Add the state of `optimizer` over the parameters of the unwrapped `model`.
 
     Raises:
-        CheckpointError: a parameter that the model does not have, state of a type without an exact form, or a file
-            that reads back differently.
+        CheckpointError: a parameter that the model does not have, or state of a type without an exact form.
     """
     names = _names(model)
     tensors: dict[str, Tensor] = {}
@@ -48,8 +56,8 @@ def save_optimizer(folder: Path, optimizer: Optimizer, model: nn.Module) -> None
                     tensors[f"{name}/{key}"] = value
                 else:
                     scalars.setdefault(name, {})[key] = _to_json(key, value)
-    save_tensors(folder / TENSOR_FILE, tensors)
-    write_json(folder / SCALAR_FILE, {"class": _class_name(optimizer), "groups": groups, "scalars": scalars})
+    draft.add_tensors(TENSOR_FILE, tensors)
+    draft.add_json(SCALAR_FILE, {"class": _class_name(optimizer), "groups": groups, "scalars": scalars})
 
 
 def load_optimizer(folder: Path, optimizer: Optimizer, model: nn.Module, *, allow_change: bool = False) -> None:

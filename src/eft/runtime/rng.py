@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eft.core.atomic import write_json
 from eft.core.errors import CheckpointError
 from eft.core.hashing import hash_bytes, hash_json
-from eft.runtime.tensors import read_tensors, save_tensors
+from eft.runtime.draft import Draft
+from eft.runtime.tensors import read_tensors
 
 _CPU = "torch_cpu"
 _CUDA = "torch_cuda_"
@@ -78,10 +78,17 @@ def restore_rng(state: RngState) -> None:
 
 
 def save_rng(folder: Path, *, rank: int = 0, world_size: int = 1) -> None:
-    """Write this process's state as `rng_<rank>.json` and `rng_<rank>.safetensors`."""
+    """Write this process's state into `folder`, at once."""
+    draft = Draft()
+    add_rng(draft, rank=rank, world_size=world_size)
+    draft.write(folder)
+
+
+def add_rng(draft: Draft, *, rank: int = 0, world_size: int = 1) -> None:
+    """Add this process's state as `rng_<rank>.json` and `rng_<rank>.safetensors`."""
     state = capture_rng()
-    save_tensors(folder / f"rng_{rank}.safetensors", state.tensors)
-    write_json(folder / f"rng_{rank}.json", {"world_size": world_size, **state.plain})
+    draft.add_tensors(f"rng_{rank}.safetensors", state.tensors)
+    draft.add_json(f"rng_{rank}.json", {"world_size": world_size, **state.plain})
 
 
 def load_rng(folder: Path, *, rank: int = 0, world_size: int = 1) -> bool:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from eft.core.errors import CheckpointError
-from eft.runtime.tensors import copy_exactly, read_tensors, same_bits, save_tensors
+from eft.runtime.draft import Draft
+from eft.runtime.tensors import copy_exactly, read_tensors, same_bits
 
 MODEL_FILE = "model.safetensors"
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -21,22 +22,28 @@ BASE_FILE = "trained_base.safetensors"
 
 
 def save_weights(folder: Path, model: nn.Module) -> None:
-    """Write what the base model alone does not give back: an adapter with its whole modules, else all weights.
-
-    `adapter_model.safetensors` + `adapter_config.json` for a PeftModel; `model.safetensors` + `config.json` otherwise,
-    named as in the module, tied weights once. `model` is the unwrapped model (no DDP).
+    """Write what `add_weights` gathers into `folder`, at once.
 
     Raises:
         CheckpointError: a file read back differs from the live weights.
     """
+    draft = Draft()
+    add_weights(draft, model)
+    draft.write(folder)
+
+
+def add_weights(draft: Draft, model: nn.Module) -> None:
+    """Add what the base model alone does not give back: an adapter with its whole modules, else all weights.
+
+    `adapter_model.safetensors` + `adapter_config.json` for a PeftModel; `model.safetensors` + `config.json` otherwise,
+    named as in the module, tied weights once. `model` is the unwrapped model (no DDP).
+    """
     for name, tensors in live_weights(model).items():
-        save_tensors(folder / name, tensors)
-    if isinstance(model, PeftModel):
-        model.peft_config[model.active_adapter].save_pretrained(str(folder))
-    else:
-        config = getattr(model, "config", None)  # a plain module has none
-        if isinstance(config, PretrainedConfig):
-            config.save_pretrained(str(folder))
+        draft.add_tensors(name, tensors)
+    # A plain module has no config.
+    config = model.peft_config[model.active_adapter] if isinstance(model, PeftModel) else getattr(model, "config", None)
+    if isinstance(config, PretrainedConfig | PeftConfig):
+        draft.add_files(lambda folder: config.save_pretrained(str(folder)))
 
 
 def load_weights(folder: Path, model: nn.Module) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from eft.core.atomic import write_json
 from eft.core.errors import CheckpointError
 from eft.trainer.hooks import TrainerHooks
 
@@ -24,6 +25,7 @@ class CheckpointSaveMixin(TrainerHooks):
         """Write `checkpoint-<step>` atomically: weights, optimizer, schedule, generators, progress, trainer state."""
         step = int(self.state.global_step)
         self.store_flos()
+        self.parts.checkpoint.wait()
         best = self.state.best_global_step
         if best and (best == step or self.parts.checkpoint.path(best).is_dir()):
             self.state.best_model_checkpoint = str(self.parts.checkpoint.path(best))
@@ -33,28 +35,23 @@ class CheckpointSaveMixin(TrainerHooks):
             resumable = stopping or not self.args.save_only_model
             extra = {"resumable": resumable, "config": self.parts.fingerprint, "plan": self.plan.fingerprint}
             # Only a resumed run can come to a step that it has saved before.
-            checkpoint = self.parts.checkpoint.write(step, best, extra, keep=self._initial_global_step > 0)
-            with self.parts.meter.paused(), checkpoint as folder:
-                if folder is not None:
-                    self._fill_checkpoint(folder, resumable)
+            keep = self._initial_global_step > 0
+            with self.parts.meter.paused():
+                fill = partial(self._fill_checkpoint, resumable=resumable)
+                self.parts.checkpoint.save(step, best, extra, keep=keep, fill=fill)
         self.accelerator.wait_for_everyone()
 
-    def _fill_checkpoint(self, folder: Path, resumable: bool) -> None:
-        self.parts.checkpoint.save_weights(folder, self.model)
+    def _fill_checkpoint(self, draft: Any, *, resumable: bool) -> None:
+        self.parts.checkpoint.add_weights(draft, self.model)
         if self.processing_class is not None:
-            self.processing_class.save_pretrained(folder)
+            draft.add_files(self.processing_class.save_pretrained)
         if resumable:
-            self._save_optimizer_and_scheduler(str(folder))
-            self._save_rng_state(str(folder))
-        write_json(folder / PROGRESS_FILE, self.progress_state())
+            self.parts.checkpoint.add_optimizer(draft, self.model, self.plain_optimizer())
+            draft.add_json(SCHEDULER_FILE, self.lr_scheduler.state_dict())
+            self.parts.add_rng(draft)
+        draft.add_json(PROGRESS_FILE, self.progress_state())
         self.state.stateful_callbacks = self.callback_states()
-        self.state.save_to_json(str(folder / STATE_FILE))
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Optimizer tensors as safetensors, scalars and schedule as JSON."""
-        folder = Path(output_dir)
-        self.parts.checkpoint.save_optimizer(folder, self.model, self.plain_optimizer())
-        write_json(folder / SCHEDULER_FILE, self.lr_scheduler.state_dict())
+        draft.add_json(STATE_FILE, asdict(self.state))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Put the checkpoint's weights, bit for bit, into the live model."""
@@ -94,11 +91,8 @@ class CheckpointSaveMixin(TrainerHooks):
 
         And its optimizer state: the weights of a schedule-free optimizer are evaluated and exported through it.
         """
+        self.parts.checkpoint.wait()
         folder = Path(self.state.best_model_checkpoint)
         self.parts.checkpoint.load_weights(folder, self.model)
         if not self.args.save_only_model:
             self.parts.checkpoint.load_optimizer(folder, self.model, self.plain_optimizer())
-
-    def plain_optimizer(self) -> Any:
-        """The optimizer itself, out of accelerate's wrapper."""
-        return self.optimizer.optimizer if hasattr(self.optimizer, "optimizer") else self.optimizer

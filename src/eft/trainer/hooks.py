@@ -23,6 +23,8 @@ if TYPE_CHECKING:
         lr_scheduler: Any
         control: Any
 
+        def plain_optimizer(self) -> Any: ...
+
 else:
 
     class TrainerHooks:
@@ -33,10 +35,9 @@ HOOK_OWNERS: dict[str, tuple[str, ...]] = {
     "PackingMixin": ("get_train_dataloader", "get_eval_dataloader", "get_test_dataloader"),
     "SchedulerMixin": ("create_scheduler",),
     "OptimizerMixin": ("create_optimizer",),
-    "RngLoaderMixin": ("_save_rng_state", "_load_rng_state"),
+    "RngLoaderMixin": ("_load_rng_state",),
     "CheckpointSaveMixin": (
         "_save_checkpoint",
-        "_save_optimizer_and_scheduler",
         "_load_from_checkpoint",
         "_load_optimizer_and_scheduler",
         "_load_best_model",
@@ -52,6 +53,9 @@ HOOK_OWNERS: dict[str, tuple[str, ...]] = {
         "log",
         "_load_callback_state",
         "floating_point_ops",
+        "training_step",
+        "_prepare_inputs",
+        "_clip_grad_norm",
         "_run_epoch",
     ),
 }

@@ -43,6 +43,14 @@ class Forward(Protocol):
     def __call__(self, model: nn.Module, batch: dict[str, Any]) -> Tensor: ...
 
 
+class BatchLoss(Protocol):
+    """Batch to Σ weight · loss of its trained tokens, a scalar (`models.forward.TrainedLoss`)."""
+
+    def __call__(self, model: nn.Module, batch: dict[str, Any]) -> Tensor: ...
+
+    def with_logits(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]: ...
+
+
 class Offloading(Protocol):
     """Context that keeps saved activations elsewhere (`runtime.offload.activation_offloading`)."""
 
@@ -59,15 +67,25 @@ class FoundCheckpoint(Protocol):
 class Checkpoints(Protocol):
     """Atomic checkpoint folders with their weights and optimizer state."""
 
-    def write(
-        self, step: int, best_step: int | None, extra: dict[str, Any], *, keep: bool
-    ) -> AbstractContextManager[Path | None]: ...
+    def save(
+        self,
+        step: int,
+        best_step: int | None,
+        extra: dict[str, Any],
+        *,
+        keep: bool,
+        fill: Callable[[Any], None],
+    ) -> None: ...
 
-    def save_weights(self, folder: Path, model: nn.Module) -> None: ...
+    def wait(self) -> None: ...
+
+    def raise_failure(self) -> None: ...
+
+    def add_weights(self, draft: Any, model: nn.Module) -> None: ...
 
     def load_weights(self, folder: Path, model: nn.Module) -> None: ...
 
-    def save_optimizer(self, folder: Path, model: nn.Module, optimizer: Optimizer) -> None: ...
+    def add_optimizer(self, draft: Any, model: nn.Module, optimizer: Optimizer) -> None: ...
 
     def load_optimizer(self, folder: Path, model: nn.Module, optimizer: Optimizer) -> None: ...
 
@@ -118,14 +136,17 @@ class TrainerParts:
 
     packing: Batches
     forward: Forward
-    loss: Callable[[Tensor, Tensor, Tensor | None], Tensor]
-    """(logits [K, V], targets int64 [K], weights fp32 [K] or None) to Σ weight · NLL, fp32 scalar."""
+    loss: BatchLoss
+    """What is minimised."""
+    evaluation_loss: BatchLoss
+    """The plain NLL."""
     scheduler: Callable[[Optimizer, int], LRScheduler]
     """(optimizer, total optimizer steps) to the learning-rate schedule."""
     optimizer: Callable[[nn.Module], Optimizer]
     evaluation_weights: Callable[[Optimizer | None], AbstractContextManager[None]]
     """Inside it the model holds the weights that are evaluated and exported (D12)."""
-    save_rng: Callable[[Path], Any]
+    add_rng: Callable[[Any], None]
+    """Adds this process's generators to a draft."""
     load_rng: Callable[[Path], Any]
     checkpoint: Checkpoints
     offloading: Offloading
@@ -134,6 +155,8 @@ class TrainerParts:
     seed: int
     fingerprint: str
     """Of the part of the config that a resumed run must agree with."""
+    has_gradient_norm: bool = True
+    """Not where gradients are used up one by one in the backward pass: there is no norm of all to log then."""
     parallel: dict[str, Any] = field(default_factory=dict)
     """Arguments that the parallel plan adds to the Accelerator."""
     state_dict: Callable[[nn.Module], dict[str, Tensor]] | None = None

@@ -43,8 +43,9 @@ def load_progress(checkpoint: str, name: str, plan: PlanLike | None) -> dict[str
         return saved
     if saved["plan"] != plan.fingerprint:
         raise CheckpointError(
-            f"{checkpoint}: was trained on another plan (data, packing, global batch or seed differ), so continuing "
-            "here would repeat and omit samples. Resume with the original settings, or start anew from its weights."
+            f"{checkpoint}: was trained on another plan (data, packing, global batch, seed or the version of "
+            "eft's planner differ), so continuing here would repeat and omit samples. Resume with the original "
+            "settings, or start anew from its weights."
         )
     if saved["total_steps"] != plan.total_steps:
         raise CheckpointError(

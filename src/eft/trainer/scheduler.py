@@ -16,9 +16,10 @@ class SchedulerMixin(TrainerHooks):
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler | Any:
         """The schedule over `num_training_steps` optimizer steps; a second `train()` builds a new one."""
         if self.lr_scheduler is None:
-            self.lr_scheduler = self.parts.scheduler(
-                self.optimizer if optimizer is None else optimizer, num_training_steps
-            )
+            if optimizer is None:
+                # A loss scaler swaps the plain optimizer's `step`, which the schedule watches.
+                optimizer = self.plain_optimizer() if self.accelerator.scaler is None else self.optimizer
+            self.lr_scheduler = self.parts.scheduler(optimizer, num_training_steps)
             # Trainer drops the schedule before the next `train()` only where this is set.
             self._created_lr_scheduler = True
         return self.lr_scheduler

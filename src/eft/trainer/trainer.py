@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import DistributedType
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, set_seed
@@ -24,6 +28,8 @@ from eft.trainer.parts import Holder, PlanLike, TrainerParts
 from eft.trainer.progress import Progress, load_progress
 from eft.trainer.rng import RngLoaderMixin
 from eft.trainer.scheduler import SchedulerMixin
+
+_SIMPLE_ENGINES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
 class EftTrainer(
@@ -83,6 +89,7 @@ class EftTrainer(
         try:
             output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
         finally:
+            self.parts.checkpoint.wait()
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, Holder):
                     callback.release()
@@ -132,24 +139,21 @@ class EftTrainer(
         return_outputs: bool = False,
         num_items_in_batch: Tensor | float | None = None,
     ) -> Any:
-        """Σ weight · NLL of this micro-batch ÷ Σ weight of the whole global batch (E2), fp32 scalar.
+        """Σ weight · loss of this micro-batch ÷ Σ weight of the whole global batch (E2), fp32 scalar.
 
-        Times the number of ranks, because data-parallel engines average gradients over them.
+        Times the number of ranks, because data-parallel engines average gradients over them. Logits exist only where
+        the outputs are asked for: those of the trained positions.
         """
-        logits, loss_sum = self._loss_sum(model, inputs)
+        logits = None
+        if return_outputs:
+            loss_sum, logits = self.parts.loss.with_logits(model, inputs)
+        else:
+            loss_sum = self.parts.loss(model, inputs)
         assert num_items_in_batch is not None, "every batch of ours carries the step's weight"
         self.parts.meter.count(inputs["num_tokens"], inputs["num_trained"])
         # A step of data from elsewhere may train nothing at all: its loss is a connected zero.
-        loss = loss_sum * (self.args.world_size / num_items_in_batch if num_items_in_batch else 0.0)
+        loss = loss_sum * (self.accelerator.num_processes / num_items_in_batch if num_items_in_batch else 0.0)
         return (loss, {"logits": logits}) if return_outputs else loss
-
-    def _loss_sum(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Logits [K, vocab] of the K trained positions and Σ weight · NLL over them."""
-        logits = self.parts.forward(model, inputs)
-        positions = inputs["trained_positions"]
-        targets = inputs["shift_labels"].reshape(-1)[positions]
-        weights = inputs["loss_weights"].reshape(-1)[positions] if "loss_weights" in inputs else None
-        return logits, self.parts.loss(logits, targets, weights)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> float | None:
         """The step's Σ weight over all ranks, which the plan knows: no gather, no device sync (D4)."""
@@ -174,6 +178,10 @@ class EftTrainer(
             return  # a callback found at the start that the run was over when the checkpoint was written
         if resume_from_checkpoint is not None:
             self._restore_progress(resume_from_checkpoint)
+        self._clipped = list(model.parameters())
+        if self._is_simple_engine and self.lr_scheduler.optimizer is self.plain_optimizer():
+            # The wrapper asks the import system twice per step for a package whose optimizers it treats apart.
+            self.optimizer = self.plain_optimizer()
         super()._run_epoch(
             model=model,
             epoch=epoch,
@@ -187,6 +195,53 @@ class EftTrainer(
             epochs_trained=epochs_trained,
             steps_trained_in_current_epoch=steps_trained_in_current_epoch,
         )
+
+    def plain_optimizer(self) -> Any:
+        """The optimizer itself, out of accelerate's wrapper."""
+        return self.optimizer.optimizer if isinstance(self.optimizer, AcceleratedOptimizer) else self.optimizer
+
+    @cached_property
+    def _is_simple_engine(self) -> bool:
+        """Whether a step is `loss.backward()` and `optimizer.step()`: no loss scaler, no sharding engine."""
+        simple = self.accelerator.distributed_type in _SIMPLE_ENGINES and self.args.n_gpu <= 1
+        return simple and self.accelerator.scaler is None
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | float | None = None
+    ) -> Tensor:
+        """Upstream's, without what only other engines need: on small models that is half of a micro-batch's time."""
+        if not self._is_simple_engine:
+            return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[no-any-return]
+        if not model.training:
+            model.train()
+        inputs = self._prepare_inputs(inputs)
+        with self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        del inputs
+        self._empty_cache()
+        loss.backward()
+        return loss.detach()  # type: ignore[no-any-return]
+
+    def _empty_cache(self) -> None:
+        every = self.args.torch_empty_cache_steps
+        if every is not None and self.state.global_step % every == 0:
+            clear_device_cache()
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The batch on this rank's device; a copy out of page-locked memory does not wait for the device."""
+        device = self.accelerator.device
+        if device.type == "cpu":
+            return inputs
+        return {
+            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+            for name, value in inputs.items()
+        }
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        """Upstream's; where no engine has a way of its own, over a list of parameters that is made once."""
+        if not self._is_simple_engine:
+            return super()._clip_grad_norm(model)  # type: ignore[no-any-return]
+        return nn.utils.clip_grad_norm_(self._clipped, self.args.max_grad_norm)
 
     def progress_state(self) -> dict[str, Any]:
         """What a resumed run needs to log the same numbers: loss sums, the open logging window, token counts."""
@@ -230,6 +285,8 @@ class EftTrainer(
             # Upstream subtracts the sum from itself, which leaves NaN where it was not finite.
             self._tr_loss.zero_()
             logs.update(self.parts.meter.rates())
+            if not self.parts.has_gradient_norm:
+                logs.pop("grad_norm", None)
         logs.setdefault("time", self.parts.meter.state()["seconds"])
         super().log(logs, start_time)
 
@@ -273,8 +330,7 @@ class EftTrainer(
             for batch in dataloader:
                 inputs = self._prepare_inputs(batch)
                 with torch.no_grad():
-                    _, loss_sum = self._loss_sum(model, inputs)
-                total += loss_sum
+                    total += self.parts.evaluation_loss(model, inputs)
                 weight = inputs["step_weight"]  # of the whole split, the same in every batch
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         nll = float(self.accelerator.reduce(total, reduction="sum"))

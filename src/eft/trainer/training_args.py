@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import torch
 from transformers import TrainingArguments
@@ -74,7 +73,7 @@ def build_training_arguments(
         ddp_timeout=config.ddp_timeout,
         ddp_find_unused_parameters=config.ddp_find_unused_parameters,
         ddp_bucket_cap_mb=config.ddp_bucket_cap_mb,
-        **_checkpointing(config),
+        torch_empty_cache_steps=config.torch_empty_cache_steps,
     )
 
 
@@ -106,11 +105,3 @@ def _reporters(config: TrainConfig) -> list[str]:
         "trackio": config.use_trackio,
     }
     return [name for name, on in wanted.items() if on] or ["none"]
-
-
-def _checkpointing(config: TrainConfig) -> dict[str, Any]:
-    if not config.gradient_checkpointing:
-        return {}
-    # Non-reentrant: the reentrant kind cuts gradients where the input of a block needs none (frozen embeddings).
-    options = {"use_reentrant": False, **(config.gradient_checkpointing_kwargs or {})}
-    return {"activation_checkpointing": True, "activation_checkpointing_kwargs": options}

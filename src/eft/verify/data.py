@@ -9,8 +9,9 @@ import numpy as np
 from eft.core.constants import IGNORE_INDEX
 from eft.core.errors import PromiseBroken
 from eft.core.records import Int64Array, PromiseResult, TokenDataset
+from eft.data.balance import bin_costs, share_step
 from eft.data.dataset_meta import DatasetMeta
-from eft.data.plan import Plan, StepPlan, bin_costs, share_step
+from eft.data.plan import Plan, StepPlan
 from eft.data.sample_set import DIGEST_DTYPE, SampleSet, digests_of, measure
 from eft.verify.verification import Verification
 

@@ -15,10 +15,12 @@ import psutil  # type: ignore[import-untyped]  # has no types
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from eft.core.constants import IGNORE_INDEX
 from eft.core.records import TokenSample
 from eft.models.attention import base_of
+from eft.models.compile import without_compilation
 
 GRADIENT_FLOOR = 1e-3
 """A tensor's gradient is measured against its own norm, or this share of the whole gradient's norm if that is more."""
@@ -56,14 +58,18 @@ def dtype_name(model: nn.Module) -> str:
 
 @contextmanager
 def exact_arithmetic(model: nn.Module) -> Iterator[None]:
-    """Inside it the model computes in fp64 without dropout, and its zero factors hold small random numbers.
+    """Inside it the model computes in fp64 without dropout, and its zero factors hold small random numbers."""
+    with comparable_weights(model), widened(model):
+        yield
 
-    A tensor is widened and narrowed again, which changes no bit. A LoRA factor at zero would hide the gradient of the
-    other one.
+
+@contextmanager
+def comparable_weights(model: nn.Module) -> Iterator[None]:
+    """Inside it there is no dropout, and trained tensors that were zero hold small random numbers.
+
+    A LoRA factor at zero would hide the gradient of the other one. Leaves no gradients.
     """
     modes = {module: module.training for module in model.modules()}
-    narrow = [(tensor, tensor.dtype) for tensor in _floats(model) if tensor.dtype != torch.float64]
-    _widen(model)
     zeros = [p for p in model.parameters() if p.requires_grad and p.numel() and not p.detach().any()]
     generator = torch.Generator().manual_seed(_SEED)
     for parameter in zeros:
@@ -75,10 +81,30 @@ def exact_arithmetic(model: nn.Module) -> Iterator[None]:
         for parameter in zeros:
             parameter.data.zero_()
         model.zero_grad()
-        for tensor, before in narrow:
-            tensor.data = tensor.data.to(before)
         for module, training in modes.items():
             module.training = training
+
+
+@contextmanager
+def widened(model: nn.Module) -> Iterator[None]:
+    """Inside it all weights, buffers and gradients are fp64. Widening and narrowing again changes no bit.
+
+    Leaves no gradients.
+    """
+    narrow = [(tensor, tensor.dtype) for tensor in _floats(model) if tensor.dtype != torch.float64]
+    # What sums up in another dtype than its own is to do so in the wide one.
+    sums = [(p, p.grad_dtype) for p in model.parameters() if p.requires_grad and p.grad_dtype not in (None, p.dtype)]
+    for parameter, _ in sums:
+        parameter.grad_dtype = None
+    _widen(model)
+    try:
+        yield
+    finally:
+        model.zero_grad()
+        for tensor, before in narrow:
+            tensor.data = tensor.data.to(before)
+        for parameter, gradients in sums:
+            parameter.grad_dtype = gradients
 
 
 def _widen(model: nn.Module) -> None:
@@ -159,6 +185,19 @@ def stock_attention(model: nn.Module) -> Iterator[None]:
         base.set_attn_implementation(installed)
 
 
+@contextmanager
+def plain_forward(model: nn.Module) -> Iterator[None]:
+    """Inside it the model runs as transformers ships it: stock attention, nothing recomputed, nothing compiled.
+
+    Activation checkpointing is off afterwards too; a trainer that wants it switches it on when it is built.
+    """
+    base = base_of(model)
+    if base.is_activation_checkpointing:
+        base.activation_checkpointing_disable()
+    with stock_attention(model), without_compilation():
+        yield
+
+
 def trained_tokens(document: TokenSample, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """(positions int64 [K], targets int64 [K], weights [K]) of a document: position t predicts token t + 1."""
     labels = torch.tensor(document.labels[1:], dtype=torch.int64, device=device)
@@ -167,8 +206,25 @@ def trained_tokens(document: TokenSample, device: torch.device) -> tuple[Tensor,
     return positions, labels[positions], weights.to(device)[positions]
 
 
-def plain_loss(model: nn.Module, documents: Sequence[TokenSample]) -> float:
-    """Σ weight · NLL ÷ Σ weight, one document at a time; its gradient is added to the parameters'.
+@dataclass(frozen=True)
+class PlainObjective:
+    """What is added to the negative log-likelihood, as torch's own functions have it."""
+
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+
+    def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Losses [K] from logits [K, vocab], in fp32 at least, as transformers computes them."""
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=self.label_smoothing)
+        return losses + self.z_loss * logits.logsumexp(-1).square()
+
+
+PLAIN_NLL = PlainObjective()
+
+
+def plain_loss(model: nn.Module, documents: Sequence[TokenSample], objective: PlainObjective = PLAIN_NLL) -> float:
+    """Σ weight · loss ÷ Σ weight, one document at a time; its gradient is added to the parameters'.
 
     Nothing of eft is in here: token ids go into the model, the whole logits into torch's cross entropy.
     """
@@ -179,10 +235,26 @@ def plain_loss(model: nn.Module, documents: Sequence[TokenSample]) -> float:
         positions, targets, weights = trained_tokens(document, device)
         ids = torch.tensor(document.input_ids, dtype=torch.int64, device=device)
         logits = model(input_ids=ids[None], use_cache=False).logits[0]
-        part = (weights * F.cross_entropy(logits[positions], targets, reduction="none")).sum() / total
+        part = (weights * objective(logits[positions], targets)).sum() / total
         part.backward()  # type: ignore[no-untyped-call]
         loss += float(part.detach())
     return loss
+
+
+def plain_batch_loss(model: nn.Module, documents: Sequence[TokenSample], objective: PlainObjective) -> float:
+    """The same in one forward and one backward pass over padded rows: in low precision, sums over passes round too."""
+    device = next(model.parameters()).device
+    rows = [torch.tensor(document.input_ids, dtype=torch.int64, device=device) for document in documents]
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    logits = model(input_ids=pad_sequence(rows, batch_first=True), attention_mask=mask, use_cache=False).logits
+    parts, total = [], 0.0
+    for row, document in zip(logits, documents, strict=True):
+        positions, targets, weights = trained_tokens(document, device)
+        parts.append((weights * objective(row[positions], targets)).sum())
+        total += float(weights.sum())
+    loss = torch.stack(parts).sum() / total
+    loss.backward()  # type: ignore[no-untyped-call]
+    return float(loss.detach())
 
 
 def take_gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -206,6 +278,28 @@ class GradientGap:
     def is_within(self, limits: Limits) -> bool:
         """Rounding only, and not measured against nothing. NaN is neither."""
         return self.share <= limits.gradients and self.norm > 0
+
+
+@dataclass(frozen=True)
+class GradientErrors:
+    """How far gradients are from exact ones."""
+
+    whole: float
+    """‖Δ‖ ÷ ‖g‖ over all tensors together."""
+    typical: float
+    """Root mean square over the tensors of ‖Δ_t‖ ÷ max(‖g_t‖, GRADIENT_FLOOR · ‖g‖): small tensors count, too."""
+
+
+def gradient_errors(measured: dict[str, Tensor], expected: dict[str, Tensor]) -> GradientErrors:
+    """Of `measured` against `expected`; a tensor without a gradient counts as zero."""
+    norms = {name: float(gradient.double().norm()) for name, gradient in expected.items()}
+    norm = math.hypot(*norms.values())
+    gaps, shares = [], []
+    for name, wanted in expected.items():
+        there = measured.get(name, torch.zeros((), device=wanted.device))
+        gaps.append(float((there.double() - wanted.double()).norm()))
+        shares.append(gaps[-1] / max(norms[name], GRADIENT_FLOOR * norm, 1e-30))
+    return GradientErrors(math.hypot(*gaps) / max(norm, 1e-30), math.hypot(*shares) / math.sqrt(max(len(shares), 1)))
 
 
 def compare_gradients(measured: dict[str, Tensor], expected: dict[str, Tensor]) -> GradientGap:

@@ -43,7 +43,7 @@ def check_loss(verification: Verification, trainer: EftTrainer) -> PromiseResult
     limits = limits_of(model)
     model.train()
     with stock_attention(model):
-        expected_loss = plain_loss(model, documents)
+        expected_loss = plain_loss(model, documents, verification.objective())
     expected = take_gradients(model)
     faults: list[str] = []
     worst_loss, worst = 0.0, GradientGap(0.0, "", 0.0)
@@ -98,7 +98,7 @@ def _micro_batches(packing: Any, dataset: TokenDataset, accumulation: int) -> li
     )
     plan = source.make_plan(dataset, None)
     batches = list(islice(source.train_loader(plan, cursor=lambda: 0), accumulation))
-    step = {name: batches[0][name] for name in ("step", "step_weight")}
+    step = {name: batches[0][name] for name in ("step", "step_weight", "step_tokens")}
     masked = {**source.collator([[_masked(dataset.sample(0))]]), **step}
     return [*batches[:1], masked, *batches[1:], {**source.collator([]), **step}]
 

@@ -10,7 +10,9 @@ from eft.verify.data import check_data
 from eft.verify.exact import exact_arithmetic
 from eft.verify.keys import check_keys
 from eft.verify.loss import check_loss
+from eft.verify.options import option_checks
 from eft.verify.packing import check_packing
+from eft.verify.precision import check_half_precision
 from eft.verify.rehearsal import STEPS, Rehearsal, rehearse
 from eft.verify.saves import check_checkpoint, check_export
 from eft.verify.schedule import check_rehearsal, check_schedule
@@ -39,6 +41,12 @@ def check_promises(verification: Verification, announce: Announce = lambda what:
         yield from _guarded("E1", "packing", lambda: [check_packing(verification, trainer)])
         verification.model.zero_grad()
         yield from _guarded("E2", "loss", lambda: [check_loss(verification, trainer)])
+        for what, check in option_checks(verification):
+            announce(f"E4: {what}")
+            verification.model.zero_grad()
+            yield from _guarded("E4", what, check)
+    announce("E2: the run's own precision, against fp64 and plain transformers")
+    yield from _guarded("E2", "precision", lambda: check_half_precision(verification))
     announce(f"E7, E8: a rehearsal of {STEPS} steps")
     yield from _guarded("E7", "schedule", lambda: [check_schedule(verification)])
     yield from _guarded("trained tensors", "gradients", lambda: [check_trainable(verification)])
@@ -52,8 +60,8 @@ def check_promises(verification: Verification, announce: Announce = lambda what:
 
 
 def _rehearsed(verification: Verification, rehearsal: Rehearsal) -> Iterator[PromiseResult]:
-    """What the rehearsal showed, the trainer's own boundary probe in the run's precision included."""
-    yield from (promise for promise in rehearsal.promises if promise.promise == "E1")
+    """What the rehearsal showed, the trainer's own probes of boundaries and kernels in the run's precision included."""
+    yield from (promise for promise in rehearsal.promises if promise.promise in ("E1", "E4"))
     yield from _guarded("E7", "rehearsal", lambda: [check_rehearsal(verification, rehearsal)])
     yield check_movement(rehearsal)
 

@@ -17,6 +17,7 @@ from eft.data.plan import Plan
 from eft.run import load_datasets, load_trainable_model, plan_of, prepare_tokenizer
 from eft.runtime.env import Environment, resolve_precision
 from eft.trainer.trainer import EftTrainer
+from eft.verify.exact import PlainObjective
 
 LEFT_OUT: Mapping[str, Any] = {
     # Talks to other machines.
@@ -34,8 +35,22 @@ LEFT_OUT: Mapping[str, Any] = {
 }
 """What the trainers of a verification do otherwise than the run's; all else is the config's."""
 
-FULL_PRECISION: Mapping[str, Any] = {"bf16": False, "fp16": False, "tf32": False}
+FULL_PRECISION: Mapping[str, Any] = {"bf16": False, "bfloat16": False, "fp16": False, "tf32": False}
 """Keys of a trainer that computes in the weights' own dtype."""
+
+NO_EXPERT_BALANCE: Mapping[str, Any] = {"router_aux_loss_coef": 0.0}
+"""The plain programs that steps are compared with have no such term."""
+
+NO_KERNELS: Mapping[str, Any] = {
+    "torch_compile": False,
+    "liger_rms_norm": False,
+    "liger_rope": False,
+    "liger_glu_activation": False,
+}
+"""Nothing compiled, and none of the kernels that know no fp64."""
+
+NO_OPTIONS: Mapping[str, Any] = {**NO_KERNELS, "gradient_checkpointing": False, "activation_offloading": False}
+"""Without everything that promise E4 is about."""
 
 
 @dataclass
@@ -72,10 +87,17 @@ class Verification:
         builder.keys_of_others = frozenset(type(config).model_fields)
         return builder.build()
 
-    def build_exact_trainer(self) -> EftTrainer:
-        """A trainer without autocast; flash kernels know half precision only, so our attention takes their place."""
+    def build_exact_trainer(self, changes: Mapping[str, Any] = NO_KERNELS) -> EftTrainer:
+        """A trainer without autocast, with `changes` to the config.
+
+        Flash kernels know half precision only, so our attention takes their place.
+        """
         attention = {"attn_implementation": "eft"} if "flash" in self.config.attn_implementation else {}
-        return self.build_trainer(self.config_with({**FULL_PRECISION, **attention}))
+        return self.build_trainer(self.config_with({**FULL_PRECISION, **NO_EXPERT_BALANCE, **attention, **changes}))
+
+    def objective(self) -> PlainObjective:
+        """What the run minimises, in torch's own words."""
+        return PlainObjective(self.config.label_smoothing_factor, self.config.z_loss_weight)
 
     def precision_note(self) -> str:
         """` (the run: bfloat16)` where the run computes in another dtype than the checks, else nothing."""

@@ -1,0 +1,211 @@
+"""One block of rows → its samples and its part of the account, the same in whatever process it is done."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+
+from eft.config.data import DataConfig, DatasetConfig
+from eft.core.errors import DataError
+from eft.core.records import TokenSample
+from eft.data.encoded import EncodedRows, StoredSample, encode_samples
+from eft.data.formats import Example, resolve_format
+from eft.data.ledger import Reason, SourceLedger
+from eft.data.readers import Block, Row
+from eft.data.rows import rows_of
+from eft.data.tokenize import ExampleEncoder, Rejected
+
+_KEY_BYTES = 8
+_CONVERSATIONS = json.JSONEncoder(check_circular=False, default=str)
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that decides what becomes of a block, picklable."""
+
+    spec: DatasetConfig
+    cfg: DataConfig
+    tokenizer: Any
+    template: str | None
+
+
+@dataclass
+class Tally:
+    """What is counted over the rows of a data set; tallies of blocks add up."""
+
+    account: SourceLedger
+    roles: Counter[str] = field(default_factory=Counter)
+    is_chat: bool = False
+    has_context: bool = False
+    """Some stored sample has an untrained position after its first."""
+    longest: int = 0
+    """Tokens of the longest sample, before anything was cut."""
+    shortest: int | None = None
+    is_cut: bool = False
+    """Some text was cut into samples of `sequence_len`."""
+    spec_keys: set[str] = field(default_factory=set)
+    """Keys of the entry that the rows' format and mask read."""
+    cfg_keys: set[str] = field(default_factory=set)
+
+    def add(self, other: Tally) -> None:
+        """Count another block's rows, which come after these."""
+        self.account.add(other.account)
+        self.roles += other.roles
+        self.is_chat |= other.is_chat
+        self.has_context |= other.has_context
+        self.longest = max(self.longest, other.longest)
+        if other.shortest is not None:
+            self.shortest = other.shortest if self.shortest is None else min(self.shortest, other.shortest)
+        self.is_cut |= other.is_cut
+        self.spec_keys |= other.spec_keys
+        self.cfg_keys |= other.cfg_keys
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able mapping; `from_json` is its inverse."""
+        sets = {"spec_keys": sorted(self.spec_keys), "cfg_keys": sorted(self.cfg_keys)}
+        return {**self.__dict__, "account": self.account.to_json(), "roles": dict(self.roles), **sets}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Tally:
+        parts = {**value, "account": SourceLedger.from_json(value["account"]), "roles": Counter(value["roles"])}
+        return cls(**{**parts, "spec_keys": set(value["spec_keys"]), "cfg_keys": set(value["cfg_keys"])})
+
+
+@dataclass(frozen=True)
+class EncodedBlock:
+    rows: EncodedRows
+    tally: Tally
+
+
+class BlockEncoder:
+    """Encodes the blocks of one data set."""
+
+    def __init__(self, job: Job):
+        # Own copies: which keys are read is recorded per block, and must be the same in every process.
+        self._spec, self._cfg = pickle.loads(pickle.dumps((job.spec, job.cfg)))
+        self._tokenizer = job.tokenizer
+        self._template = job.template
+        self._format = resolve_format(self._spec)  # a wrong `type` is told at once
+        self._encoder = ExampleEncoder(self._tokenizer, self._template)
+
+    def __call__(self, block: Block) -> EncodedBlock:
+        """The samples of a block.
+
+        Raises DataError for a malformed or over-long row where the config says so.
+        """
+        self._spec.forget_reads()
+        self._cfg.forget_reads()
+        self._format = resolve_format(self._spec)  # anew, as it reads keys
+        tally = Tally(SourceLedger(name=self._spec.path))
+        converted = self._convert(block, tally)
+        outcomes = self._encoder([example for _, example in converted], self._spec, self._cfg)
+        samples: list[StoredSample] = []
+        cut_from: list[int] = []
+        for (row, example), outcome in zip(converted, outcomes, strict=True):
+            pieces = outcome if isinstance(outcome, tuple) else (outcome,)
+            tally.account.further_samples += len(pieces) - 1
+            tally.is_cut |= example.is_cut_to_fit and len(pieces) > 1
+            key, text = _row_key(row), _conversation_text(example)
+            for piece in pieces:
+                tokens = self._fitted(tally, row, example, piece)
+                if tokens is not None:
+                    samples.append(StoredSample(row.number, key, tokens, text))
+                    cut_from.append(len(cast("TokenSample", piece).input_ids))
+        rows = _account_samples(tally, encode_samples(block.file, samples), cut_from)
+        tally.spec_keys |= self._spec.keys_read()
+        tally.cfg_keys |= self._cfg.keys_read()
+        return EncodedBlock(rows, tally)
+
+    def _convert(self, block: Block, tally: Tally) -> list[tuple[Row, Example]]:
+        """The readable rows with the conversation, segments or ids that their format finds in them."""
+
+        def broken(number: int, error: DataError) -> None:
+            if self._cfg.malformed_rows == "raise":
+                raise error
+            tally.account.rows += 1
+            tally.account.drop("malformed", str(error), 0)
+
+        converted = []
+        for row in rows_of(block, broken):
+            try:
+                example = self._format(row, self._spec)
+            except DataError as error:
+                broken(row.number, error)
+                continue
+            tally.account.rows += 1
+            if example.messages is not None:
+                tally.is_chat = True
+                tally.roles.update(message["role"] for message in example.messages)
+            converted.append((row, example))
+        return converted
+
+    def _fitted(self, tally: Tally, row: Row, example: Example, outcome: TokenSample | Rejected) -> TokenSample | None:
+        """The sample, cut or whole; None for one that is dropped, with its reason in the account."""
+        account, cfg = tally.account, self._cfg
+        if isinstance(outcome, Rejected):
+            if cfg.malformed_rows == "raise":
+                raise DataError(f"{example.where}: {outcome.reason}")
+            reason: Reason = "malformed" if example.messages is None else "template"
+            account.drop(reason, f"{example.where}: {outcome.reason}", 0)
+            return None
+        length = len(outcome.input_ids)
+        account.raw += length
+        tally.longest = max(tally.longest, length)
+        tally.shortest = length if tally.shortest is None else min(tally.shortest, length)
+        if length < max(1, cfg.min_sample_len):
+            account.drop("too_short", row.where, length)
+            return None
+        if length <= cfg.sequence_len:
+            return outcome
+        if cfg.excess_length_strategy == "truncate":
+            return _first_tokens(outcome, cfg.sequence_len)
+        if cfg.excess_length_strategy == "raise":
+            raise DataError(
+                f"{row.where}: {length} tokens exceed sequence_len {cfg.sequence_len} (excess_length_strategy: raise); "
+                f"set sequence_len to {length} or more, or excess_length_strategy to drop or truncate"
+            )
+        account.drop("too_long", row.where, length)
+        return None
+
+
+def _account_samples(tally: Tally, rows: EncodedRows, cut_from: list[int]) -> EncodedRows:
+    """Drop the samples that train nothing and count the others; `cut_from` has their lengths before they were cut."""
+    account, columns = tally.account, rows.columns
+    lengths, counts, whole = columns["lengths"], columns["trainable_counts"], np.array(cut_from, dtype=np.int64)
+    trains = (counts > 0) & (columns["weight_sums"] > 0)
+    for index in np.flatnonzero(~trains).tolist():
+        where = f"{rows.source} row {columns['row_ids'][index]}"
+        account.drop("no_trainable_tokens", where, int(whole[index]))
+    if not trains.all():
+        rows, lengths, counts, whole = rows.chosen(trains), lengths[trains], counts[trains], whole[trains]
+    total, trained = int(lengths.sum(dtype=np.int64)), int(counts.sum(dtype=np.int64))
+    account.truncated_rows += int(np.count_nonzero(whole > lengths))
+    account.truncated += int(whole.sum()) - total
+    account.samples += len(lengths)
+    account.trainable += trained
+    account.context += total - trained
+    tally.has_context = bool(np.any(lengths - 1 > counts))
+    return rows
+
+
+def _first_tokens(sample: TokenSample, count: int) -> TokenSample:
+    weights = None if sample.weights is None else sample.weights[:count]
+    return TokenSample(sample.input_ids[:count], sample.labels[:count], weights)
+
+
+def _row_key(row: Row) -> int:
+    """64 bits of what the row is, whatever its place and whatever it is made into."""
+    content = row.raw.strip() if row.raw is not None else json.dumps(row.data, sort_keys=True, default=str).encode()
+    return int.from_bytes(hashlib.blake2b(content, digest_size=_KEY_BYTES).digest(), "little")
+
+
+def _conversation_text(example: Example) -> bytes | None:
+    if example.messages is None:
+        return None
+    return _CONVERSATIONS.encode({"messages": example.messages, "tools": example.tools}).encode()

@@ -1,0 +1,382 @@
+"""A faster encoder for byte-level BPE tokenizers, used only where it has been shown to give the same ids.
+
+It is built from the tokenizer's own JSON: vocabulary, merges, added tokens, and a pre-tokeniser whose regular
+expression is one of those known here. Which code points are letters, numbers or blanks is asked of the tokenizers
+library itself, so both go by the same Unicode tables. `fast_encoder` compares its ids with the tokenizer's on strings
+made to break it and on rows of the data set; whatever is not supported, or differs, keeps the tokenizer's own encoder.
+
+The bytes of a token are those of its vocabulary entry, so masks need no offsets from the tokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Regex, pre_tokenizers
+
+from eft.core.constants import IGNORE_INDEX
+from eft.core.records import Int32Array, Int64Array
+from eft.data import bpe_kernels as kernels
+from eft.data.bpe_merges import LONGEST_WORD, fill_merges, remember
+from eft.data.token_facts import byte_of_sign
+
+UInt8Array = npt.NDArray[np.uint8]
+
+_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_CL100K = (
+    _CONTRACTIONS + r"|[^\r\n\p{{L}}\p{{N}}]?{word}+|\p{{N}}{digits}| ?[^\s{letters}\p{{N}}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_WORDS = {(r"\p{L}", r"\p{L}"): kernels.LETTER, (r"[\p{L}\p{M}]", r"\p{L}\p{M}"): kernels.LETTER | kernels.MARK}
+KNOWN_RULES: dict[str, tuple[int, int, int]] = {
+    _CL100K.format(word=word, letters=letters, digits=digits): (kernels.CL100K, count, mask)
+    for (word, letters), mask in _WORDS.items()
+    for digits, count in (("", 1), ("{1,3}", 3))
+}
+"""Regular expression of a Split pre-tokeniser → rule, numbers per pre-token, mask of a word."""
+
+_CODE_POINTS = 0x110000
+_CHUNK = 0x800
+_WORD_SLOTS = 1 << 17
+
+
+class UnsupportedError(Exception):
+    """The tokenizer has something that the fast encoder does not do."""
+
+
+_State = tuple[npt.NDArray[np.uint64], UInt8Array, Int32Array, Int64Array]
+
+
+class Batch:
+    """Texts end to end: code points uint32 [characters], UTF-8 uint8 [bytes], each text's end in characters."""
+
+    def __init__(self, texts: Sequence[str]):
+        joined = "".join(texts)
+        self.texts = texts
+        self.is_ascii = joined.isascii()
+        self.points = _points(joined)
+        self.buffer = np.frombuffer(joined.encode(), dtype=np.uint8)
+        self.ends: Int64Array = np.cumsum([len(text) for text in texts], dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Ids of a batch of texts, int32 [tokens]; the ids of text t are ids[ends[t - 1] : ends[t]], ends int64 [texts]."""
+
+    ids: Int32Array
+    ends: Int64Array
+
+
+# ---- the tokenizer's JSON ----
+
+
+def _rule_of(facts: Any) -> tuple[int, int, int, int]:
+    """`rule` of `encode_batch` for a pre-tokeniser's JSON."""
+    parts = facts["pretokenizers"] if facts and facts["type"] == "Sequence" else [facts]
+    kinds = [part and part["type"] for part in parts]
+    last = parts[-1]
+    if kinds[-1] != "ByteLevel" or last["add_prefix_space"]:
+        raise UnsupportedError(f"its pre-tokeniser {' + '.join(map(str, kinds))}")
+    if kinds == ["ByteLevel"] and last["use_regex"]:
+        return kernels.GPT2, 0, kernels.LETTER, 0
+    if kinds == ["Digits", "ByteLevel"] and last["use_regex"] and parts[0]["individual_digits"]:
+        return kernels.GPT2, 0, kernels.LETTER, 1
+    if kinds == ["Split", "ByteLevel"] and not last["use_regex"]:
+        pattern = parts[0]["pattern"].get("Regex")
+        if pattern in KNOWN_RULES and parts[0]["behavior"] == "Isolated" and not parts[0]["invert"]:
+            return *KNOWN_RULES[pattern], 0
+        raise UnsupportedError("the regular expression of its pre-tokeniser")
+    raise UnsupportedError(f"its pre-tokeniser {' + '.join(map(str, kinds))}")
+
+
+def _normalizes(facts: Any) -> bool:
+    """Whether text is brought to NFC first; raises for any other normaliser."""
+    parts = [facts] if facts and facts["type"] != "Sequence" else facts["normalizers"] if facts else []
+    if any(part["type"] != "NFC" for part in parts):
+        raise UnsupportedError(f"its normaliser {' + '.join(part['type'] for part in parts)}")
+    return bool(parts)
+
+
+def _check_model(model: dict[str, Any]) -> None:
+    if model["type"] != "BPE":
+        raise UnsupportedError(f"its model {model['type']}")
+    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
+        if model.get(name):
+            raise UnsupportedError(f"{name} of its model")
+
+
+def _pairs(merges: list[Any]) -> list[tuple[str, str]]:
+    """Both ways in which JSON has them: `"a b"` and `["a", "b"]`."""
+    split = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in merges]
+    return [(left, right) for left, right in split]
+
+
+# ---- classes of code points ----
+
+
+def _code_points_with(missing: list[int]) -> list[tuple[int, int]]:
+    """Ranges of the code points that are written with one of these bytes."""
+    ranges = []
+    for byte in missing:
+        if byte < 0x80:
+            ranges.append((byte, byte + 1))
+        elif byte < 0xC0:
+            raise UnsupportedError(f"its vocabulary without the byte {byte:#x}")
+        elif 0xC2 <= byte < 0xE0:
+            ranges.append(((byte - 0xC0) << 6, (byte - 0xC0 + 1) << 6))
+        elif 0xE0 <= byte < 0xF0:
+            ranges.append(((byte - 0xE0) << 12, (byte - 0xE0 + 1) << 12))
+        elif 0xF0 <= byte < 0xF5:
+            ranges.append(((byte - 0xF0) << 18, min((byte - 0xF0 + 1) << 18, _CODE_POINTS)))
+    return ranges
+
+
+def _points_where(splitter: Any, *, removed: bool) -> npt.NDArray[np.bool_]:
+    """bool [0x110000]: the code points that `splitter` takes out, or those in its second, fourth … piece."""
+    matched = np.zeros(_CODE_POINTS, dtype=np.bool_)
+    for first in range(0, _CODE_POINTS, _CHUNK):  # long texts take the library more than linear time
+        if 0xD800 <= first < 0xE000:
+            continue
+        # Something that never matches leads, so that the first piece is known not to be a match.
+        pieces = splitter.pre_tokenize_str("\x00" + "".join(map(chr, range(first, first + _CHUNK))))
+        inside = np.full(_CHUNK + 1, removed)
+        for number, (_, (start, stop)) in enumerate(pieces):
+            if removed or number % 2:
+                inside[start:stop] = not removed
+        matched[first : first + _CHUNK] = inside[1:]
+    return matched
+
+
+@lru_cache(maxsize=8)
+def _classes(*, digits: bool, marks: bool, normalizes: bool) -> UInt8Array:
+    """The class table as the tokenizers library sees it, without the bits of added tokens."""
+    table = np.zeros(_CODE_POINTS, dtype=np.uint8)
+    kinds = [(r"\p{L}+", kernels.LETTER), (r"\p{N}+", kernels.NUMBER), (r"\s+", kernels.SPACE)]
+    for pattern, bit in [*kinds, (r"\p{M}+", kernels.MARK)] if marks else kinds:
+        table[_points_where(pre_tokenizers.Split(Regex(pattern), "removed"), removed=True)] |= bit
+    if digits:
+        table[_points_where(pre_tokenizers.Digits(individual_digits=False), removed=False)] |= kernels.DIGIT
+    if normalizes:
+        # What Python's Unicode tables do not know, they cannot say to be normal.
+        odd = [point for point in range(0x300, _CODE_POINTS) if unicodedata.category(chr(point)) == "Cn"]
+        table[odd] |= kernels.ODD
+    table.flags.writeable = False
+    return table
+
+
+# ---- the encoder ----
+
+
+class FastEncoder:
+    """Byte-level BPE of one tokenizer. Pickles with its tables, without the words it has seen."""
+
+    def __init__(self, tokenizer_json: str):
+        """`tokenizer_json`: the text of tokenizer.json. Raises UnsupportedError."""
+        facts = json.loads(tokenizer_json)
+        model = facts["model"]
+        _check_model(model)
+        self._rule = np.array(_rule_of(facts["pre_tokenizer"]), dtype=np.int64)
+        self._normalizes = _normalizes(facts["normalizer"])
+        self._ignores_merges = bool(model.get("ignore_merges"))
+        vocabulary: dict[str, int] = model["vocab"]
+        digits, marks = self._rule[3] == 1, self._rule[2] & kernels.MARK > 0
+        self._classes = _classes(digits=bool(digits), marks=bool(marks), normalizes=self._normalizes).copy()
+        self._set_vocabulary(vocabulary, model["merges"])
+        self._set_added(facts["added_tokens"])
+        self._state: _State | None = self._new_state()
+
+    def _set_vocabulary(self, vocabulary: dict[str, int], merges: list[Any]) -> None:
+        byte_of = byte_of_sign()
+        self._byte_ids = np.zeros(256, dtype=np.int32)
+        missing = []
+        for sign, byte in byte_of.items():
+            if sign in vocabulary:
+                self._byte_ids[byte] = vocabulary[sign]
+            else:
+                missing.append(byte)
+        for first, last in _code_points_with(missing):
+            self._classes[first:last] |= kernels.ODD
+        self._tokens = {
+            number: bytes(byte_of[sign] for sign in text)
+            for text, number in vocabulary.items()
+            if all(sign in byte_of for sign in text)
+        }
+        pairs = _pairs(merges)
+        sides = np.array(
+            [(vocabulary[left], vocabulary[right], vocabulary[left + right]) for left, right in pairs], dtype=np.int32
+        ).reshape(-1, 3)
+        slots = 1 << max(4, (2 * len(pairs)).bit_length())
+        self._merges = (np.zeros(slots, np.uint64), np.zeros(slots, np.int32), np.zeros(slots, np.int32))
+        fill_merges(*np.ascontiguousarray(sides.T), *self._merges)
+
+    def _set_added(self, added: list[dict[str, Any]]) -> None:
+        groups: dict[bool, list[tuple[str, int]]] = {False: [], True: []}
+        for token in added:
+            if token["lstrip"] or token["rstrip"] or token["single_word"]:
+                raise UnsupportedError(f"the added token {token['content']!r}, which takes blanks around it")
+            if token["content"]:
+                groups[token["normalized"]].append((token["content"], token["id"]))
+                self._tokens[token["id"]] = token["content"].encode()
+        self._raw = self._added_table(groups[False], kernels.STARTS_RAW)
+        self._normal = self._added_table(groups[True], kernels.STARTS_NORMAL)
+        self.byte_lengths = np.zeros(max(self._tokens) + 1, dtype=np.int32)
+        self.byte_lengths[list(self._tokens)] = [len(text) for text in self._tokens.values()]
+
+    def _added_table(self, tokens: list[tuple[str, int]], bit: int) -> tuple[Int32Array, npt.NDArray[np.uint32]]:
+        rows, points = [], ""
+        for text, number in sorted(tokens, key=lambda token: -len(token[0])):
+            rows.append((len(points), len(text), number))
+            points += text
+            self._classes[ord(text[0])] |= bit
+        return np.array(rows, dtype=np.int32).reshape(-1, 3), _points(points)
+
+    def _new_state(self) -> _State:
+        """Memory of words: empty, or filled with the vocabulary where a token of its own comes before any merge."""
+        prefilled = self._tokens if self._ignores_merges else {}
+        too_long = next((text for text in prefilled.values() if len(text) > LONGEST_WORD), None)
+        if too_long is not None:
+            raise UnsupportedError(f"a token of {len(too_long)} bytes")
+        slots = max(_WORD_SLOTS, 1 << (4 * len(prefilled)).bit_length())
+        arena = max(1 << 22, 2 * sum(map(len, prefilled.values())))
+        state = (
+            np.zeros((slots, 4), np.uint64),
+            np.zeros(arena, np.uint8),
+            np.zeros(slots, np.int32),
+            np.zeros(3, np.int64),
+        )
+        for number, text in prefilled.items():
+            remember(np.frombuffer(text, np.uint8), 0, len(text), np.array([number], np.int32), 0, 1, *state)
+        return state
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_state": None}
+
+    def batch(self, texts: Sequence[str]) -> Batch:
+        """Texts as `can_encode` and `encode` take them."""
+        return Batch(texts)
+
+    def can_encode(self, batch: Batch) -> list[bool]:
+        """Per text, whether each of its bytes has a token and the tokenizer's normaliser surely leaves it as it is."""
+        odd = kernels.first_in_class(batch.points, self._classes, 0, kernels.ODD) < len(batch.points)
+        if not odd and (not self._normalizes or batch.is_ascii):
+            return [True] * len(batch.texts)
+        starts = [0, *batch.ends.tolist()]
+        return [
+            kernels.first_in_class(batch.points[:stop], self._classes, start, kernels.ODD) == stop
+            and (not self._normalizes or unicodedata.is_normalized("NFC", text))
+            for text, (start, stop) in zip(batch.texts, pairwise(starts), strict=True)
+        ]
+
+    def encode(self, batch: Batch) -> Encoded:
+        """Ids of texts for which `can_encode` holds, without special tokens around them."""
+        if self._state is None:  # after pickling
+            self._state = self._new_state()
+        ids = np.empty(len(batch.buffer), dtype=np.int32)
+        ends = np.empty(len(batch.texts), dtype=np.int64)
+        count = kernels.encode_batch(
+            batch.points,
+            batch.buffer,
+            batch.ends,
+            self._classes,
+            self._rule,
+            *self._raw,
+            *self._normal,
+            self._byte_ids,
+            *self._merges,
+            *self._state,
+            ids,
+            ends,
+        )
+        return Encoded(ids[:count], ends)
+
+    def labels(
+        self, batch: Batch, encoded: Encoded, spans: Int64Array, span_ends: Int64Array, special: Int64Array
+    ) -> Int32Array:
+        """Labels of encoded texts: the ids of the tokens that overlap a span, IGNORE_INDEX elsewhere, int32 [tokens].
+
+        Args:
+            spans: int64 [spans, 2], characters in all texts together, ascending and apart within a text.
+            span_ends: int64 [texts], the number of spans up to each text's end.
+            special: ids of tokens that do not belong to a span that starts after their first byte.
+        """
+        starts = batch.ends - [len(text) for text in batch.texts]
+        if not batch.is_ascii:
+            spans, starts = spans.copy(), starts.copy()
+            kernels.to_bytes(batch.points, spans.reshape(-1))
+            kernels.to_bytes(batch.points, starts)
+        labels = np.empty(len(encoded.ids), dtype=np.int32)
+        is_special = np.zeros(len(self.byte_lengths), dtype=np.bool_)
+        is_special[special] = True
+        places = (starts, span_ends, spans)
+        kernels.mark_spans(encoded.ids, encoded.ends, self.byte_lengths, *places, is_special, labels, IGNORE_INDEX)
+        return labels
+
+
+def _points(text: str) -> npt.NDArray[np.uint32]:
+    return np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+
+
+# ---- the proof ----
+
+# fmt: off
+_PIECES = [
+    "a", "b", "Z", "é", "e\u0301", "ß", "İ", "ſ", "K", "中", "の", "한", "ᄒ", "א", "ع", "ा", "\u0300", "😀",
+    "👩\u200d🚀", "🇫🇷", "0", "1", "42", "1234567", "٣", "Ⅷ", "½", "²", "①", "𝟘", " ", "  ", "\t", "\n", "\r", "\r\n",
+    "\n\n ", "\u00a0", "\u2003", "\u3000", "\u2028", "\x0b", "\x1c", "\x85", "\u200b", "\ufeff", "'", "'s", "'S", "'ſ",
+    "'re", "'LL", "'Ve", "'d", "'m", "'t", "''", "’s", ".", ",", "!", "?!", "(", ")", "/", "\\", "<", ">", "|", "<|",
+    "|>", "_", "-", "—", "$", "€", "+", "=", "\x00", "\x7f", "\ufffd", "the", " the", "Hello", "WORLD", "camelCase",
+    "don't", "I'll", "x" * 60, " " * 50, "ab" * 40, "\U0010ffff", "\ue000",
+]
+# fmt: on
+_MIXED_STRINGS = 3000
+_SAMPLE = 512
+
+
+def adversarial_texts(added: Sequence[str]) -> list[str]:
+    """Strings where splitting rules disagree first: every ordered pair of awkward pieces and added tokens, and random
+    chains of them (a fixed draw)."""
+    pieces = [*_PIECES, *added[:8], *(token[:-1] for token in added[:4] if len(token) > 1)]
+    texts = [first + second for first in pieces for second in pieces]
+    draw = np.random.PCG64(20_24).random_raw(_MIXED_STRINGS * 12)
+    chains = (draw % np.uint64(len(pieces))).reshape(_MIXED_STRINGS, 12).tolist()
+    return [*texts, *("".join(pieces[number] for number in chain) for chain in chains)]
+
+
+def fast_encoder(tokenizer: Any, texts: Sequence[str]) -> FastEncoder | str:
+    """The fast encoder of a tokenizer, or why there is none: unsupported, or other ids on one of `texts` or of the
+    adversarial strings."""
+    if not tokenizer.is_fast:
+        return "it is not a fast tokenizer"
+    if tokenizer.split_special_tokens:
+        return "split_special_tokens is set"
+    try:
+        encoder = FastEncoder(tokenizer.backend_tokenizer.to_str())
+    except UnsupportedError as error:
+        return str(error)
+    added = sorted(
+        {token.content for token in tokenizer.added_tokens_decoder.values()}, key=lambda text: (-len(text), text)
+    )
+    different = first_difference(encoder, tokenizer, [*texts[:_SAMPLE], *adversarial_texts(added)])
+    return encoder if different is None else f"other ids for {different[:60]!r}"
+
+
+def first_difference(encoder: FastEncoder, tokenizer: Any, texts: Sequence[str]) -> str | None:
+    """The first text that the two encode differently."""
+    able = encoder.can_encode(encoder.batch(texts))
+    wanted = [text for text, is_able in zip(texts, able, strict=True) if is_able]
+    expected = tokenizer(wanted, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    found = encoder.encode(encoder.batch(wanted))
+    start = 0
+    for text, ids, end in zip(wanted, expected, found.ends.tolist(), strict=True):
+        if found.ids[start:end].tolist() != ids:
+            return text
+        start = end
+    return None
