@@ -373,7 +373,7 @@ def _schedule_promise(run: Run, executed: int) -> PromiseResult:
 def _summary(run: Run, result: Any, seconds: float) -> dict[str, Any]:
     rows = [row for row in run.trainer.state.log_history if "eval_loss" in row]
     parameters = list(run.model.parameters())
-    meter = run.trainer.totals
+    meter, saves = run.trainer.totals, run.trainer.parts.checkpoint.times
     return {
         "steps": result.global_step,
         "training_loss": result.training_loss,
@@ -384,6 +384,9 @@ def _summary(run: Run, result: Any, seconds: float) -> dict[str, Any]:
         "trained_tokens": meter["trained_tokens"],
         "training_seconds": round(meter["seconds"], 3),
         "tokens_per_second": round(meter["tokens"] / meter["seconds"], 1) if meter["seconds"] else 0.0,
+        "saves": len(saves),
+        "save_blocked_seconds": round(sum(save.blocked_s for save in saves), 3),
+        "save_write_seconds": round(sum(save.write_s for save in saves), 3),
         "peak_memory_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         "parameters_total": sum(parameter.numel() for parameter in parameters),
         "parameters_trainable": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),

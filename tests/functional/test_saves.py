@@ -16,7 +16,7 @@ from eft import run
 from eft.core.errors import CheckpointError
 from eft.models.export import check_saved_tensors
 from eft.runtime.checkpoint import CheckpointStore, verify_manifest
-from tests.functional.conftest import MakeConfig
+from tests.functional.conftest import MakeConfig, MakeTrainer
 
 PROBE = torch.tensor([[5, 17, 60, 33, 9, 8, 71, 3, 100, 42]])
 
@@ -144,3 +144,26 @@ def test_a_checkpoint_is_complete(make_config: MakeConfig, tmp_path: Path) -> No
     }  # fmt: skip
     assert set(manifest["files"]) == files - {"manifest.json"}
     assert not [name for name in files if name.endswith((".pt", ".bin", ".pth", ".pkl"))], "no pickles"
+
+
+def test_a_save_that_fails_beside_the_training_ends_it_at_the_next_step(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(max_steps=50, save_steps=1)
+
+    class Refusing:
+        def save_pretrained(self, folder: Path) -> None:
+            raise PermissionError("refused")
+
+    trainer.processing_class = Refusing()
+    with pytest.raises(CheckpointError, match="checkpoint-1: not written, no permission"):
+        trainer.train()
+    assert trainer.state.global_step <= 3
+
+
+def test_saving_beside_the_training_stores_the_same_bytes(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    for name, beside in (("beside", True), ("at_once", False)):
+        keys = {"max_steps": 4, "save_steps": 1, "save_asynchronously": beside, "save_total_limit": 0}
+        make_trainer(output_dir=str(tmp_path / name), **keys).train()
+    for step in range(1, 5):
+        for file in ("model.safetensors", "optimizer.safetensors", "rng_0.json", "scheduler.json"):
+            one, other = (tmp_path / name / f"checkpoint-{step}" / file for name in ("beside", "at_once"))
+            assert one.read_bytes() == other.read_bytes(), f"{file} of step {step}"

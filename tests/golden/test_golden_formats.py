@@ -52,7 +52,6 @@ DETAIL += [{"begin_offset": 14, "end_offset": 17, "train": True, "weight": 2}]
 INSTRUCTION = {"instruction": "Answer.", "input": "one two", "output": "three"}
 WITH_SYSTEM = {**INSTRUCTION, "system": "You are helpful."}
 CHOICE = {"question": "How are you?", "choices": ["fine", "hello"], "solution": "fine", "explanation": "not this"}
-REFLECTION = {**INSTRUCTION, "reflection": "four", "corrected": "five"}
 ORCA = {"system_prompt": "You are helpful.", "question": "How are you?", "response": "I am fine."}
 
 ROWS: dict[str, dict[str, Any]] = {
@@ -76,7 +75,6 @@ ROWS: dict[str, dict[str, Any]] = {
     "explainchoice": {"question": "How are you?", "choices": ["fine", "hello"], "explanation": "I am fine."},
     "concisechoice": CHOICE,
     "summarizetldr": {"article": "The capital of France is Paris.", "summary": "Paris"},
-    "reflection": REFLECTION,
     "context_qa": {"article": "It is Rome.", "question": "What is it?", "answer": "Rome"},
     "context_qa.load_v2": {"context": "It is Rome.", "question": "What is it?", "answer": "Rome"},
     "context_qa.load_404": {"article": "It is Rome.", "unanswerable_question": "How are you?"},

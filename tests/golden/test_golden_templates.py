@@ -70,7 +70,7 @@ CASES: dict[str, dict[str, Any]] = {
 def golden_tokenizer() -> Any:
     """Every token that the templates name is one of its special tokens, but for the tags of reasoning and tools."""
     named = {token for tokens in BUILT_IN_TEMPLATES.values() for token in tokens}
-    more = ("<|call|>", "<|start|>", "<|channel|>", "<|message|>", "<|return|>")
+    more = ("<|call|>", "<|start|>", "<|channel|>", "<|message|>", "<|return|>", "<|close|>", "<|quote|>")
     return tiny_tokenizer(None, specials=tuple(sorted({*named, *more} - {"<|im_start|>", "<|im_end|>"})))
 
 

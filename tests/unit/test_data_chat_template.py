@@ -140,6 +140,14 @@ def test_a_template_without_end_tokens() -> None:
     assert stop_token_of(TOKENIZER, TINY_CHATML) == stop_token_of(TOKENIZER, CHATML) == "<|im_end|>"
 
 
+def test_end_tokens_that_follow_each_other_at_once() -> None:
+    two = TINY_CHATML.replace("<|im_end|>", "<|call|><|end|>")
+    assert trained(encode(chat("hello", "one", "two", "three"), two)) == ["one<|call|><|end|>", "three<|call|><|end|>"]
+    assert stop_token_of(TOKENIZER, two) == "<|end|>"
+    past_eos = TINY_CHATML.replace("<|im_end|>", "<|im_end|><|end|>")
+    assert trained(encode(chat("hello", "one"), past_eos)) == ["one<|im_end|>"], "the model stops at EOS"
+
+
 def test_end_tokens_by_rule() -> None:
     messages = chat("hello", "one", "two", "three", "four")
     assert trained(encode(messages, train_on_eos="turn")) == ["one<|im_end|>", "three<|im_end|>"]

@@ -378,7 +378,7 @@ def test_pygmalion_names_the_wrong_turn() -> None:
 
 
 def test_formats_that_are_refused_say_what_to_do() -> None:
-    for name in ("reflection:chat", "alpaca:chatt"):
+    for name in ("llama2_chat", "alpaca:chatt"):
         assert "is no format; expected one of those in docs/data.md" in error_of({}, name)
     assert "Did you mean 'alpaca:chat'?" in error_of({}, "alpaca:chatt")
 

@@ -13,8 +13,10 @@ from torch import nn
 from eft.config.optim import OptimConfig
 from eft.optim.optimizers import OPTIMIZERS, build_optimizer
 from eft.optim.schedulers import build_scheduler
-from eft.runtime.checkpoint import CheckpointStore, load_scheduler, save_scheduler
+from eft.runtime.checkpoint import CheckpointStore
+from eft.runtime.optimizer_state import load_scheduler, save_optimizer, save_scheduler
 from eft.runtime.rng import load_rng, save_rng, seed_everything
+from eft.runtime.weights import save_weights
 from tests.tiny_models import tiny_model
 
 TOTAL, CUT = 6, 3
@@ -55,8 +57,8 @@ class Run:
     def save(self, store: CheckpointStore, step: int) -> None:
         with store.write(step) as folder:
             assert folder is not None
-            store.save_weights(folder, self.model)
-            store.save_optimizer(folder, self.model, self.optimizer)
+            save_weights(folder, self.model)
+            save_optimizer(folder, self.optimizer, self.model)
             save_scheduler(folder, self.scheduler)
             save_rng(folder)
 

@@ -16,13 +16,16 @@ _TYPED_FORMAT = (
     "or `package.module:function`"
 )
 _OWN_PROMPT = "write the prompt as a mapping: `type: {format: …, no_input_format: …, field_instruction: …}`"
+_OWN_FUNCTION = "not offered: join thought, reflection and answer in a function of your own, `package.module:function`"
 
 REFUSED_FORMATS = {
     "llama2_chat": "use `type: sharegpt` with `chat_template: llama2`",
     "creative_acr": "use `creative_acr.load_answer`",
     "creative_acr.load_critique": _OWN_PROMPT,
     "creative_acr.load_revise": _OWN_PROMPT,
-    "reflection:chat": "use `reflection`: in the chat wording the corrected answer would not be trained",
+    "reflection": _OWN_FUNCTION,
+    "reflection:instruct": _OWN_FUNCTION,
+    "reflection:chat": _OWN_FUNCTION,
     "messages": "use `chat_template`",
     "messages.chat": "use `chat_template`",
     "stepwise_supervised": "eft does supervised fine-tuning only: process rewards are not offered",

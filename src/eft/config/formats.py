@@ -42,8 +42,6 @@ FORMATS = Literal[
     "explainchoice:chatml",
     "concisechoice",
     "summarizetldr",
-    "reflection",
-    "reflection:instruct",
     "context_qa",
     "context_qa.load_v2",
     "context_qa.load_404",

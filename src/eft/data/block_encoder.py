@@ -105,6 +105,7 @@ class BlockEncoder:
         tally = Tally(SourceLedger(name=self._spec.path))
         converted = self._convert(block, tally)
         outcomes = self._encoder([example for _, example in converted], self._spec, self._cfg)
+        shortest, longest = self._cfg.min_sample_len, self._cfg.sequence_len
         samples: list[StoredSample] = []
         cut_from: list[int] = []
         for (row, example), outcome in zip(converted, outcomes, strict=True):
@@ -113,7 +114,10 @@ class BlockEncoder:
             tally.is_cut |= example.is_cut_to_fit and len(pieces) > 1
             key, text = _row_key(row), _conversation_text(example)
             for piece in pieces:
-                tokens = self._fitted(tally, row, example, piece)
+                if isinstance(piece, TokenSample) and shortest <= len(piece.input_ids) <= longest:
+                    tokens: TokenSample | None = _counted(tally, piece)
+                else:
+                    tokens = self._fitted(tally, row, example, piece)
                 if tokens is not None:
                     samples.append(StoredSample(row.number, key, tokens, text))
                     cut_from.append(len(cast("TokenSample", piece).input_ids))
@@ -146,7 +150,7 @@ class BlockEncoder:
         return converted
 
     def _fitted(self, tally: Tally, row: Row, example: Example, outcome: TokenSample | Rejected) -> TokenSample | None:
-        """The sample, cut or whole; None for one that is dropped, with its reason in the account."""
+        """A sample of another length than asked for, cut; None for what is dropped, with its reason in the account."""
         account, cfg = tally.account, self._cfg
         if isinstance(outcome, Rejected):
             if cfg.malformed_rows == "raise":
@@ -154,15 +158,11 @@ class BlockEncoder:
             reason: Reason = "malformed" if example.messages is None else "template"
             account.drop(reason, f"{example.where}: {outcome.reason}", 0)
             return None
+        _counted(tally, outcome)
         length = len(outcome.input_ids)
-        account.raw += length
-        tally.longest = max(tally.longest, length)
-        tally.shortest = length if tally.shortest is None else min(tally.shortest, length)
-        if length < max(1, cfg.min_sample_len):
+        if length < cfg.min_sample_len:
             account.drop("too_short", row.where, length)
             return None
-        if length <= cfg.sequence_len:
-            return outcome
         if cfg.excess_length_strategy == "truncate":
             return _first_tokens(outcome, cfg.sequence_len)
         if cfg.excess_length_strategy == "raise":
@@ -192,6 +192,14 @@ def _account_samples(tally: Tally, rows: EncodedRows, cut_from: list[int]) -> En
     account.context += total - trained
     tally.has_context = bool(np.any(lengths - 1 > counts))
     return rows
+
+
+def _counted(tally: Tally, sample: TokenSample) -> TokenSample:
+    length = len(sample.input_ids)
+    tally.account.raw += length
+    tally.longest = max(tally.longest, length)
+    tally.shortest = length if tally.shortest is None else min(tally.shortest, length)
+    return sample
 
 
 def _first_tokens(sample: TokenSample, count: int) -> TokenSample:

@@ -52,7 +52,7 @@ class UnsupportedError(Exception):
     """The tokenizer has something that the fast encoder does not do."""
 
 
-_State = tuple[npt.NDArray[np.uint64], UInt8Array, Int32Array, Int64Array]
+_State = tuple[Int32Array, UInt8Array, Int32Array, Int64Array]
 
 
 class Batch:
@@ -247,7 +247,7 @@ class FastEncoder:
         slots = max(_WORD_SLOTS, 1 << (4 * len(prefilled)).bit_length())
         arena = max(1 << 22, 2 * sum(map(len, prefilled.values())))
         state = (
-            np.zeros((slots, 4), np.uint64),
+            np.zeros((slots, 4), np.int32),
             np.zeros(arena, np.uint8),
             np.zeros(slots, np.int32),
             np.zeros(3, np.int64),

@@ -19,9 +19,7 @@ _SHORT = 48
 LONGEST_WORD = 256
 """Bytes; longer pre-tokens hardly come back: they are not remembered."""
 
-_COUNTS = 512
-_COUNT_BITS = np.uint64(9)
-_FNV_PRIME = np.uint64(0x100000001B3)
+_FNV_START, _FNV_PRIME = np.uint64(0xCBF29CE484222325), np.uint64(0x100000001B3)
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _HIGH = np.uint64(32)
 
@@ -153,42 +151,24 @@ def _merge_long(ids: Int32Array, count: int, keys: Keys, ranks: Int32Array, merg
 
 
 @njit(inline="always")  # type: ignore[untyped-decorator]
-def word_slot(buffer: Bytes, start: int, stop: int, words: Keys, arena: Bytes) -> Any:
-    """The slot of these bytes in `words` uint64 [slots, 4]: first eight bytes, length (0: free), start of all bytes in
-    `arena`, and ids: their start in `known` (of a single one, the id itself) times _COUNTS plus their number."""
-    length = stop - start
-    head = np.uint64(0)
-    for i in range(min(length, 8)):
-        head |= np.uint64(buffer[start + i]) << np.uint64(8 * i)
-    hashed = head * _GOLDEN
-    for i in range(start + 8, stop):
+def word_slot(buffer: Bytes, start: int, stop: int, words: Int32Array, arena: Bytes) -> Any:
+    """The slot of these bytes in `words` int32 [slots, 4] (start and length in `arena`, start and count of ids)."""
+    hashed = _FNV_START
+    for i in range(start, stop):
         hashed = (hashed ^ np.uint64(buffer[i])) * _FNV_PRIME
-    hashed = (hashed ^ (hashed >> _HIGH) ^ np.uint64(length)) * _GOLDEN
     mask = np.uint64(len(words) - 1)
-    slot = (hashed >> _HIGH) & mask
+    slot = (hashed ^ (hashed >> _HIGH)) & mask
+    length = stop - start
     while words[slot, 1] != 0:
-        if words[slot, 0] == head and words[slot, 1] == np.uint64(length):
-            first = np.int64(words[slot, 2])
-            i = 8
+        if words[slot, 1] == length:
+            first = words[slot, 0]
+            i = 0
             while i < length and arena[first + i] == buffer[start + i]:
                 i += 1
-            if i >= length:
+            if i == length:
                 break
         slot = (slot + np.uint64(1)) & mask
     return slot
-
-
-@njit(inline="always")  # type: ignore[untyped-decorator]
-def copy_known(words: Keys, slot: Any, known: Int32Array, ids: Int32Array, count: int) -> Any:
-    """Put the ids of a word that was seen before at ids[count:]; returns how many."""
-    number = np.int64(words[slot, 3] & np.uint64(_COUNTS - 1))
-    first = np.int64(words[slot, 3] >> _COUNT_BITS)
-    if number == 1:
-        ids[count] = first
-    else:
-        for i in range(number):
-            ids[count + i] = known[first + i]
-    return number
 
 
 @njit(cache=True)  # type: ignore[untyped-decorator]
@@ -199,7 +179,7 @@ def remember(
     ids: Int32Array,
     first: int,
     count: int,
-    words: Keys,
+    words: Int32Array,
     arena: Bytes,
     known: Int32Array,
     used: Int64Array,
@@ -214,12 +194,7 @@ def remember(
     ):
         return
     slot = word_slot(buffer, start, stop, words, arena)
-    for i in range(min(length, 8)):
-        words[slot, 0] |= np.uint64(buffer[start + i]) << np.uint64(8 * i)
-    words[slot, 1] = length
-    words[slot, 2] = used[1]
-    place = ids[first] if count == 1 else used[2]
-    words[slot, 3] = np.uint64(place) << _COUNT_BITS | np.uint64(count)
+    words[slot, 0], words[slot, 1], words[slot, 2], words[slot, 3] = used[1], length, used[2], count
     arena[used[1] : used[1] + length] = buffer[start:stop]
     known[used[2] : used[2] + count] = ids[first : first + count]
     used[0] += 1

@@ -41,7 +41,7 @@ _BLANK = re.compile(r"[ \t\r\n]*")
 JSON_EXPECTED = "one JSON object per line, or one array of objects"
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Row:
     """One row as it stands in the source. `number` is the 1-based line (JSONL, text) or row number in `file`."""
 

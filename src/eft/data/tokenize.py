@@ -19,7 +19,7 @@ from eft.data.formats import Example, check_roles_to_train
 
 __all__ = ["MASKING_VERSION", "ExampleEncoder", "Outcome", "Rejected", "encode_examples", "tokenizer_fingerprint"]
 
-MASKING_VERSION = 2
+MASKING_VERSION = 3
 """Raised whenever the same rows, tokenizer and template would give other ids or labels: prepared stores are stale."""
 
 

@@ -320,7 +320,8 @@ class Layout:
         tail = probed.rpartition(probe)[2]
         matches = list(self.facts.end_token.finditer(tail))
         if not matches or tail[matches[-1].end() :].strip():
-            return len(through.rstrip()), None
+            stop = len(through.rstrip())
+            return stop, self._end_token(turn, stop)
         rest = tail[matches[-1].start() :]
         if not through.endswith(rest):
             raise self.refuse(turn, "the template does not show where it ends")

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from eft.core.errors import CheckpointError
 from eft.trainer.hooks import TrainerHooks
@@ -20,6 +20,23 @@ STATE_FILE = "trainer_state.json"
 
 class CheckpointSaveMixin(TrainerHooks):
     """Owns the whole of saving and loading; upstream's writes in place and restarts silently when a part is missing."""
+
+    def _maybe_log_save_evaluate(
+        self,
+        tr_loss: Tensor,
+        grad_norm: Tensor | float | None,
+        model: nn.Module,
+        trial: Any,
+        epoch: float,
+        ignore_keys_for_eval: list[str] | None,
+        start_time: float,
+        learning_rate: float | None = None,
+    ) -> None:
+        """Upstream's, after every step; a save beside the training that failed ends the run here, not at the next."""
+        self.parts.checkpoint.raise_failure()
+        super()._maybe_log_save_evaluate(
+            tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate
+        )
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
         """Write `checkpoint-<step>` atomically: weights, optimizer, schedule, generators, progress, trainer state."""

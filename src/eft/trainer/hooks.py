@@ -37,6 +37,7 @@ HOOK_OWNERS: dict[str, tuple[str, ...]] = {
     "OptimizerMixin": ("create_optimizer",),
     "RngLoaderMixin": ("_load_rng_state",),
     "CheckpointSaveMixin": (
+        "_maybe_log_save_evaluate",
         "_save_checkpoint",
         "_load_from_checkpoint",
         "_load_optimizer_and_scheduler",

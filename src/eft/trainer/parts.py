@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,6 +76,9 @@ class Checkpoints(Protocol):
         keep: bool,
         fill: Callable[[Any], None],
     ) -> None: ...
+
+    @property
+    def times(self) -> Sequence[Any]: ...
 
     def wait(self) -> None: ...
 
