@@ -13,8 +13,8 @@ from __future__ import annotations
 import argparse
 import cProfile
 import pstats
+import shutil
 import statistics
-import sys
 import tempfile
 import time
 import warnings
@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from tables import markdown_table, spread, today, write_section
+from tables import command_line, markdown_table, spread, today, write_section
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor, nn
@@ -258,7 +258,7 @@ def summary(times: dict[str, list[float]], options: argparse.Namespace) -> str:
     trainer, trainer_bare, eft, eft_bare = (statistics.median(values) for values in times.values())
     rows = [[name, spread(values, 0)] for name, values in times.items()]
     return (
-        f"`python benchmarks/host.py {' '.join(sys.argv[1:])}`, {today()}, one thread, {options.rounds} rounds of "
+        f"`{command_line()}`, {today()}, one thread, {options.rounds} rounds of "
         f"{options.steps} steps in turn, accumulation {options.accumulation}; median (least to most).\n\n"
         f"{markdown_table(['loop', 'CPU µs per optimizer step'], rows)}\n\n"
         f"Overhead, medians: transformers.Trainer {trainer - trainer_bare:,.0f} µs, eft {eft - eft_bare:,.0f} µs, "
@@ -310,6 +310,7 @@ def main() -> int:
     print(text)
     if options.section:
         write_section(options.section, text)
+    shutil.rmtree(folder)
     return 0
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from contest import Contender, ContenderFailed, Entry, contest_folder
 from environments import CACHE
-from step import command_line, contest_settings, entries, parser_of, settle, versions_text
-from tables import device_name, markdown_table, today, write_section
+from step import contest_settings, entries, parser_of, settle, versions_text
+from tables import command_line, device_name, markdown_table, today, write_section
 from workload import SHAPES, RowOptions, prepare_model, prepare_rows
 
 

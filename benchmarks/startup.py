@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 from environments import CACHE, environment_of
-from tables import device_name, markdown_table, spread, today, write_section
+from tables import command_line, device_name, markdown_table, spread, today, write_section
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -129,7 +129,7 @@ def main() -> int:
     rows = [[name, spread(values)] for name, values in times.items()]
     medians = [statistics.median(values) for values in times.values()]
     text = (
-        f"`python benchmarks/startup.py {' '.join(sys.argv[1:])}`, {today()}, {device_name('cpu')}; seconds from the "
+        f"`{command_line()}`, {today()}, {device_name('cpu')}; seconds from the "
         f"start of the process to the end of step 1, {options.rounds} rounds in turn, {options.rows} rows; median "
         f"(least to most).\n\n{markdown_table(['command', 'seconds'], rows)}\n\n"
         f"eft / transformers.Trainer: {medians[0] / medians[2]:.2f}."
@@ -137,6 +137,7 @@ def main() -> int:
     print(text)
     if options.section:
         write_section(options.section, text)
+    shutil.rmtree(folder)
     return 0
 
 

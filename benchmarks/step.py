@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import sys
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ import torch
 from contest import Contender, Entry, Reply, contest_folder
 from environments import CACHE, environment_of, versions_of
 from gemm import gemm_rate
-from tables import device_name, markdown_table, spread, today, write_section
+from tables import command_line, device_name, markdown_table, spread, today, write_section
 from workload import SHAPES, RowOptions, Shape, mean_squares, prepare_model, prepare_rows
 
 PACKAGES = ("torch", "transformers", "accelerate", "trl", "liger-kernel", "flash-attn")
@@ -212,12 +213,6 @@ def loss_difference(ours: Score, theirs: Score, peer: str) -> str:
     return f"≤ {max(abs(a - b) for a, b in pairs):.1e} apart ({len(pairs)} steps)"
 
 
-def command_line() -> str:
-    """The command as it was given."""
-    words = [word or "''" for word in sys.argv[1:]]
-    return " ".join([f"python benchmarks/{Path(sys.argv[0]).name}", *(f"'{w}'" if " " in w else w for w in words)])
-
-
 def versions_text(found: list[Entry]) -> str:
     """Versions of all environments, each package once."""
     merged: dict[str, set[str]] = {}
@@ -284,6 +279,7 @@ def main() -> int:
     print(f"\n{text}")
     if options.section:
         write_section(options.section, text)
+    shutil.rmtree(folder)  # kept where something failed: the logs are in it
     return 0
 
 

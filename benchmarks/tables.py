@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import platform
 import statistics
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -55,3 +56,9 @@ def device_name(device: str) -> str:
 def today() -> str:
     """The date, as docs write it."""
     return datetime.date.today().isoformat()
+
+
+def command_line() -> str:
+    """The command as it was given."""
+    words = [f"'{word}'" if not word or " " in word else word for word in sys.argv[1:]]
+    return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])

@@ -14,6 +14,7 @@ import numpy as np
 from eft.config.data import DataConfig, DatasetConfig
 from eft.core.errors import DataError
 from eft.core.records import TokenSample
+from eft.data.conversation_text import conversation_bytes
 from eft.data.encoded import EncodedRows, StoredSample, encode_samples
 from eft.data.formats import Example, resolve_format
 from eft.data.ledger import Reason, SourceLedger
@@ -22,7 +23,6 @@ from eft.data.rows import rows_of
 from eft.data.tokenize import ExampleEncoder, Rejected
 
 _KEY_BYTES = 8
-_CONVERSATIONS = json.JSONEncoder(check_circular=False, default=str)
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,16 @@ class Tally:
         self.roles += other.roles
         self.is_chat |= other.is_chat
         self.has_context |= other.has_context
-        self.longest = max(self.longest, other.longest)
         if other.shortest is not None:
-            self.shortest = other.shortest if self.shortest is None else min(self.shortest, other.shortest)
+            self.count_lengths(other.shortest, other.longest)
         self.is_cut |= other.is_cut
         self.spec_keys |= other.spec_keys
         self.cfg_keys |= other.cfg_keys
+
+    def count_lengths(self, shortest: int, longest: int) -> None:
+        """Count samples of these and other lengths, before anything was cut."""
+        self.longest = max(self.longest, longest)
+        self.shortest = shortest if self.shortest is None else min(self.shortest, shortest)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able mapping; `from_json` is its inverse."""
@@ -112,10 +116,12 @@ class BlockEncoder:
             pieces = outcome if isinstance(outcome, tuple) else (outcome,)
             tally.account.further_samples += len(pieces) - 1
             tally.is_cut |= example.is_cut_to_fit and len(pieces) > 1
-            key, text = _row_key(row), _conversation_text(example)
+            key, text = _row_key(row), None
+            if example.messages is not None:
+                text = conversation_bytes(example.messages, example.tools)
             for piece in pieces:
                 if isinstance(piece, TokenSample) and shortest <= len(piece.input_ids) <= longest:
-                    tokens: TokenSample | None = _counted(tally, piece)
+                    tokens: TokenSample | None = piece
                 else:
                     tokens = self._fitted(tally, row, example, piece)
                 if tokens is not None:
@@ -136,6 +142,7 @@ class BlockEncoder:
             tally.account.drop("malformed", str(error), 0)
 
         converted = []
+        roles: list[str] = []
         for row in rows_of(block, broken):
             try:
                 example = self._format(row, self._spec)
@@ -144,9 +151,10 @@ class BlockEncoder:
                 continue
             tally.account.rows += 1
             if example.messages is not None:
-                tally.is_chat = True
-                tally.roles.update(message["role"] for message in example.messages)
+                roles += [message["role"] for message in example.messages]
             converted.append((row, example))
+        tally.is_chat = bool(roles)
+        tally.roles.update(roles)
         return converted
 
     def _fitted(self, tally: Tally, row: Row, example: Example, outcome: TokenSample | Rejected) -> TokenSample | None:
@@ -158,10 +166,9 @@ class BlockEncoder:
             reason: Reason = "malformed" if example.messages is None else "template"
             account.drop(reason, f"{example.where}: {outcome.reason}", 0)
             return None
-        _counted(tally, outcome)
         length = len(outcome.input_ids)
         if length < cfg.min_sample_len:
-            account.drop("too_short", row.where, length)
+            _count_dropped(tally, "too_short", row.where, length)
             return None
         if cfg.excess_length_strategy == "truncate":
             return _first_tokens(outcome, cfg.sequence_len)
@@ -170,14 +177,23 @@ class BlockEncoder:
                 f"{row.where}: {length} tokens exceed sequence_len {cfg.sequence_len} (excess_length_strategy: raise); "
                 f"set sequence_len to {length} or more, or excess_length_strategy to drop or truncate"
             )
-        account.drop("too_long", row.where, length)
+        _count_dropped(tally, "too_long", row.where, length)
         return None
+
+
+def _count_dropped(tally: Tally, reason: Reason, where: str, length: int) -> None:
+    tally.account.raw += length
+    tally.count_lengths(length, length)
+    tally.account.drop(reason, where, length)
 
 
 def _account_samples(tally: Tally, rows: EncodedRows, cut_from: list[int]) -> EncodedRows:
     """Drop the samples that train nothing and count the others; `cut_from` has their lengths before they were cut."""
     account, columns = tally.account, rows.columns
     lengths, counts, whole = columns["lengths"], columns["trainable_counts"], np.array(cut_from, dtype=np.int64)
+    account.raw += int(whole.sum())
+    if len(whole):
+        tally.count_lengths(int(whole.min()), int(whole.max()))
     trains = (counts > 0) & (columns["weight_sums"] > 0)
     for index in np.flatnonzero(~trains).tolist():
         where = f"{rows.source} row {columns['row_ids'][index]}"
@@ -194,14 +210,6 @@ def _account_samples(tally: Tally, rows: EncodedRows, cut_from: list[int]) -> En
     return rows
 
 
-def _counted(tally: Tally, sample: TokenSample) -> TokenSample:
-    length = len(sample.input_ids)
-    tally.account.raw += length
-    tally.longest = max(tally.longest, length)
-    tally.shortest = length if tally.shortest is None else min(tally.shortest, length)
-    return sample
-
-
 def _first_tokens(sample: TokenSample, count: int) -> TokenSample:
     weights = None if sample.weights is None else sample.weights[:count]
     return TokenSample(sample.input_ids[:count], sample.labels[:count], weights)
@@ -211,9 +219,3 @@ def _row_key(row: Row) -> int:
     """64 bits of what the row is, whatever its place and whatever it is made into."""
     content = row.raw.strip() if row.raw is not None else json.dumps(row.data, sort_keys=True, default=str).encode()
     return int.from_bytes(hashlib.blake2b(content, digest_size=_KEY_BYTES).digest(), "little")
-
-
-def _conversation_text(example: Example) -> bytes | None:
-    if example.messages is None:
-        return None
-    return _CONVERSATIONS.encode({"messages": example.messages, "tools": example.tools}).encode()

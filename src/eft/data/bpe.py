@@ -25,7 +25,7 @@ from tokenizers import Regex, pre_tokenizers
 from eft.core.constants import IGNORE_INDEX
 from eft.core.records import Int32Array, Int64Array
 from eft.data import bpe_kernels as kernels
-from eft.data.bpe_merges import LONGEST_WORD, fill_merges, remember
+from eft.data.bpe_merges import ARENA_BYTES, LONGEST_WORD, fill_merges, remember
 from eft.data.token_facts import byte_of_sign
 
 UInt8Array = npt.NDArray[np.uint8]
@@ -45,14 +45,16 @@ KNOWN_RULES: dict[str, tuple[int, int, int]] = {
 
 _CODE_POINTS = 0x110000
 _CHUNK = 0x800
-_WORD_SLOTS = 1 << 17
+_PLAIN_PLANES = 0x40000
+"""Where the planes with characters end."""
+_WORD_SLOTS = 1 << 16
 
 
 class UnsupportedError(Exception):
     """The tokenizer has something that the fast encoder does not do."""
 
 
-_State = tuple[Int32Array, UInt8Array, Int32Array, Int64Array]
+_State = tuple[npt.NDArray[np.uint64], UInt8Array, Int32Array, Int64Array]
 
 
 class Batch:
@@ -142,9 +144,8 @@ def _code_points_with(missing: list[int]) -> list[tuple[int, int]]:
 def _points_where(splitter: Any, *, removed: bool) -> npt.NDArray[np.bool_]:
     """bool [0x110000]: the code points that `splitter` takes out, or those in its second, fourth … piece."""
     matched = np.zeros(_CODE_POINTS, dtype=np.bool_)
-    for first in range(0, _CODE_POINTS, _CHUNK):  # long texts take the library more than linear time
-        if 0xD800 <= first < 0xE000:
-            continue
+    starts = [*range(0, 0xD800, _CHUNK), *range(0xE000, _PLAIN_PLANES, _CHUNK)]
+    for first in starts:  # long texts take the library more than linear time
         # Something that never matches leads, so that the first piece is known not to be a match.
         pieces = splitter.pre_tokenize_str("\x00" + "".join(map(chr, range(first, first + _CHUNK))))
         inside = np.full(_CHUNK + 1, removed)
@@ -166,8 +167,9 @@ def _classes(*, digits: bool, marks: bool, normalizes: bool) -> UInt8Array:
         table[_points_where(pre_tokenizers.Digits(individual_digits=False), removed=False)] |= kernels.DIGIT
     if normalizes:
         # What Python's Unicode tables do not know, they cannot say to be normal.
-        odd = [point for point in range(0x300, _CODE_POINTS) if unicodedata.category(chr(point)) == "Cn"]
+        odd = [point for point in range(0x300, _PLAIN_PLANES) if unicodedata.category(chr(point)) == "Cn"]
         table[odd] |= kernels.ODD
+    table[_PLAIN_PLANES:] |= kernels.ODD  # unassigned or private
     table.flags.writeable = False
     return table
 
@@ -245,10 +247,12 @@ class FastEncoder:
         if too_long is not None:
             raise UnsupportedError(f"a token of {len(too_long)} bytes")
         slots = max(_WORD_SLOTS, 1 << (4 * len(prefilled)).bit_length())
-        arena = max(1 << 22, 2 * sum(map(len, prefilled.values())))
+        arena = 2 * sum(map(len, prefilled.values()))
+        if arena > ARENA_BYTES:
+            raise UnsupportedError("a vocabulary of very long tokens")
         state = (
-            np.zeros((slots, 4), np.int32),
-            np.zeros(arena, np.uint8),
+            np.zeros(slots, np.uint64),
+            np.zeros(max(arena, 1 << 20), np.uint8),
             np.zeros(slots, np.int32),
             np.zeros(3, np.int64),
         )
@@ -336,7 +340,7 @@ _PIECES = [
     "don't", "I'll", "x" * 60, " " * 50, "ab" * 40, "\U0010ffff", "\ue000",
 ]
 # fmt: on
-_MIXED_STRINGS = 3000
+_MIXED_STRINGS = 2000
 _SAMPLE = 512
 
 

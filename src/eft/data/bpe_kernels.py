@@ -13,7 +13,7 @@ import numpy.typing as npt
 from numba import njit
 
 from eft.core.records import Int32Array, Int64Array
-from eft.data.bpe_merges import Bytes, Keys, merge_word, remember, word_slot
+from eft.data.bpe_merges import Bytes, Keys, copy_known, merge_word, remember, word_slot
 
 Points = npt.NDArray[np.uint32]
 Flags = npt.NDArray[np.bool_]
@@ -161,7 +161,7 @@ def encode_batch(
     keys: Keys,
     ranks: Int32Array,
     merged: Int32Array,
-    words: Int32Array,
+    words: Keys,
     arena: Bytes,
     known: Int32Array,
     used: Int64Array,
@@ -201,10 +201,8 @@ def encode_batch(
                         stop = _next_gpt2(points, classes, start, limit)
                     stop_byte = at_byte + _utf8_length(points, start, stop)
                     slot = word_slot(buffer, at_byte, stop_byte, words, arena)
-                    if words[slot, 1] != 0:
-                        first, number = words[slot, 2], words[slot, 3]
-                        for i in range(number):
-                            ids[count + i] = known[first + i]
+                    if words[slot] != 0:
+                        number = copy_known(words[slot], known, ids, count)
                     else:
                         number = merge_word(buffer, at_byte, stop_byte, byte_ids, keys, ranks, merged, ids, count)
                         remember(buffer, at_byte, stop_byte, ids, count, number, words, arena, known, used)

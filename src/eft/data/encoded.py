@@ -37,7 +37,7 @@ class StoredSample:
     """64-bit hash of the row as it stands in the source."""
     tokens: TokenSample
     conversation: bytes | None
-    """The row's messages and tools as JSON."""
+    """The row's messages and tools, as `conversation_text` writes them."""
 
 
 @dataclass(frozen=True)

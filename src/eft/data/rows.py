@@ -36,12 +36,22 @@ def decoded(block: Block) -> Iterator[Numbered]:
 
 
 def _json_rows(block: Block) -> Iterator[Numbered]:
+    decode = DECODER.decode
     for number, line in enumerate(block.data.split(b"\n"), block.first):
         if line and not line.isspace():
-            yield number, _json_row(f"{block.file} line {number}", line), line
+            try:
+                text = line.decode().rstrip()
+                data = decode(text)
+                if type(data) is dict and "\\u" not in text:
+                    yield number, data, line
+                    continue
+            except Exception:
+                pass  # what is wrong is said below
+            yield number, _examined_row(f"{block.file} line {number}", line), line
 
 
-def _json_row(where: str, line: bytes) -> Any:
+def _examined_row(where: str, line: bytes) -> Any:
+    """The row, or what is wrong with it."""
     try:
         text = line.decode().rstrip()
         data = DECODER.decode(text)

@@ -4,7 +4,7 @@ A store is a folder, written whole or not at all:
 
     tokens-00000.arrow         Arrow IPC file: input_ids list<int32>, labels list<int32>, weights list<float32> or
                                null, source int32, row int64; a record batch per block of rows, further shards 00001 …
-    conversations-00000.arrow  Arrow IPC file: the row's messages and tools as JSON, or null
+    conversations-00000.arrow  Arrow IPC file: the row's messages and tools (see conversation_text), or null
     <column>.npy               one value per sample: lengths, sums, digests (see encoded.COLUMNS), memory-mapped
     meta.json                  what the store was made of, its ledger, the sizes of its files
 
@@ -28,6 +28,7 @@ import pyarrow as pa
 from eft.core import atomic
 from eft.core.errors import DataError
 from eft.core.records import Int32Array, Int64Array, TokenDataset, TokenSample
+from eft.data.conversation_text import read_conversation
 from eft.data.encoded import StoredSample, encode_samples
 from eft.data.foreign import ForeignDataset
 from eft.data.sample_set import SampleSet
@@ -124,8 +125,8 @@ class TokenStore(SampleSet):
         number = bisect_right(self._starts, index) - 1
         shard, within = self._place(number)
         with pa.memory_map(str(self.path / conversations_file(shard)), "r") as file:
-            text = pa.ipc.open_file(file).get_batch(within).column("json")[index - self._starts[number]].as_py()
-        return None if text is None else cast("dict[str, Any]", json.loads(text))
+            text = pa.ipc.open_file(file).get_batch(within).column("conversation")[index - self._starts[number]].as_py()
+        return None if text is None else read_conversation(text)
 
 
 def _list_views(column: pa.Array, dtype: npt.DTypeLike) -> tuple[Int32Array, npt.NDArray[Any]]:

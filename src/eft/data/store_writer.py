@@ -42,7 +42,7 @@ _SCHEMA = pa.schema(
         ("row", pa.int64()),
     ]
 )
-_CONVERSATION_SCHEMA = pa.schema([("json", pa.large_string())])
+_CONVERSATION_SCHEMA = pa.schema([("conversation", pa.large_string())])
 
 State = Mapping[str, Any]
 """What the writer's owner needs to go on after a shard, JSON-able."""
