@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import unicodedata
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -200,7 +201,10 @@ def test_labels_and_offsets_are_those_of_the_tokenizer(texts: list[str], data: s
         fast.labelled(texts, spans, facts.special_ids),
         strict=True,
     ):
-        assert found is not None
+        if found is None:
+            # Left to the tokenizer, whose Unicode tables may know the character.
+            assert any(unicodedata.category(character) == "Cn" for character in text)
+            continue
         expected = labelled(ids, exact_offsets(ids, offsets, text, facts), own, facts)
         np.testing.assert_array_equal(found[0], expected.input_ids)
         np.testing.assert_array_equal(found[1], expected.labels)
