@@ -292,7 +292,7 @@ def balance_table(samples: int) -> str:
     ):
         lengths = DISTRIBUTIONS[name](np.random.default_rng(0), samples, capacity)
         for world_size in (8, 64):
-            for accumulation, buffer in ((4, None), (1, None), (1, 8), (1, 64)):
+            for accumulation, buffer in ((4, None), (1, None), (1, 8), (1, 64), (1, 128)):
                 ratio = COST_RATIOS[size]
                 plan = balance_plan(lengths, capacity, world_size * accumulation, buffer, ratio)
                 found = expected_balance(plan, ratio, world_size, accumulation)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -22,10 +21,6 @@ from tests.tiny_models import tiny_model
 
 READS = ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::nonzero")
 """What makes the host wait for the device, whoever asks: `.item()`, `if tensor`, `torch.equal`, a mask as an index."""
-
-LISTED = ("find_packed_sequence_indices",)
-"""Functions of others whose reads are known: transformers looks whether `position_ids` restart, once per kind of mask
-and forward pass, before it asks our mask function, which needs none."""
 
 EVENTS = tuple(name for name in vars(TrainerCallback) if name.startswith("on_"))
 
@@ -127,7 +122,7 @@ def test_every_event_fires_in_upstreams_order(make_trainer: MakeTrainer, tmp_pat
 
 
 class Reads(TorchDispatchMode):
-    """Counts what would make the host wait for a device, by operator, or by the listed function that asks."""
+    """Counts what would make the host wait for a device, by operator."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -135,8 +130,7 @@ class Reads(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.name() in READS:
-            asking = {frame.name for frame in traceback.extract_stack()}
-            self.counts[next((name for name in LISTED if name in asking), func.name())] += 1
+            self.counts[func.name()] += 1
         return func(*args, **(kwargs or {}))
 
 
@@ -164,13 +158,13 @@ class ReadsEveryLoss(EftTrainer):
 
 
 def reads_between_logs(make_trainer: MakeTrainer, **keys: Any) -> Counter[str]:
-    """Unlisted reads over four steps of two micro-batches, none of which logs; the audit after step 3 is over."""
+    """Reads over four steps of two micro-batches, none of which logs; the audit after step 3 is over."""
     keys = {"max_steps": 12, "logging_steps": 10, "save_strategy": "no", "bf16": True, **keys}
     trainer = make_trainer(token_rows(60), **keys)
     window = Window(4, 8)
     trainer.add_callback(window)
     trainer.train()
-    return Counter({name: count for name, count in window.reads.counts.items() if name not in LISTED})
+    return window.reads.counts
 
 
 @pytest.mark.parametrize("keys", [{}, {"gradient_checkpointing": True}, {"loss_watchdog_threshold": 50.0}])
@@ -208,6 +202,4 @@ def test_the_host_never_waits_for_a_gpu_between_two_logged_steps(make_trainer: M
     waits = Waits(4, 8)
     trainer.add_callback(waits)
     trainer.train()
-    # What is listed above is asked in transformers' module of masks.
-    unlisted = [wait for wait in waits.found if Path(wait.filename).name != "masking_utils.py"]
-    assert [f"{wait.filename}:{wait.lineno}: {wait.message}" for wait in unlisted] == []
+    assert [f"{wait.filename}:{wait.lineno}: {wait.message}" for wait in waits.found] == []

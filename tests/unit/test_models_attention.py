@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -288,11 +289,13 @@ def test_no_mask_is_built_inside_packed_forward() -> None:
     model = tiny_model("gemma3_text")
     install_attention(model, PACKED_ATTENTION)
     support = packing_support(model)
-    inputs = boundary_inputs(support, model, packed_batch(documents()))
-    with record_attention() as record, packed_forward():
-        model(**inputs, use_cache=False)
-    assert not record.masks
-    assert [call.bounded for call in record.calls] == [True, True]
+    assert support.passes_no_mask
+    for each in (support, replace(support, passes_no_mask=False)):
+        inputs = boundary_inputs(each, model, packed_batch(documents()))
+        with record_attention() as record, packed_forward():
+            model(**inputs, use_cache=False)
+        assert not record.masks
+        assert [call.bounded for call in record.calls] == [True, True]
     with record_attention() as record:
         model(input_ids=inputs["input_ids"], use_cache=False)
     assert sorted(record.masks.values(), key=str) == [WINDOW, None]
@@ -319,6 +322,8 @@ def test_misuse_is_named() -> None:
     inputs = boundary_inputs(BoundarySupport("native", "", 0.0, 0.0), model, batch)
     with packed_forward(), pytest.raises(ModelError, match="boundaries did not reach"):
         model(input_ids=batch["input_ids"], use_cache=False)
+    with pytest.raises(ModelError, match="boundaries did not reach"):
+        model(input_ids=batch["input_ids"], attention_mask=attention.NO_MASK, use_cache=False)
     short = {**inputs, "cu_seq_lens_q": batch["cu_seq_lens_q"][:-1]}
     with packed_forward(), pytest.raises(ModelError, match="boundaries end at token 20 of a row of 32"):
         model(**short, use_cache=False)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import accumulate
 from typing import Any, Literal
@@ -16,16 +16,13 @@ from typing import Any, Literal
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_causal_mask, create_masks_for_generate
 
 from eft.core.errors import ModelError
 from eft.models.attention_record import AttentionRecord, record_attention
-from eft.models.document_attention import (
-    PACKED_ATTENTION,
-    packed_forward,
-    register,
-)
+from eft.models.document_attention import NO_MASK, PACKED_ATTENTION, packed_forward, register
 from eft.models.layer_outputs import first_layer_apart, record_layers
 from eft.models.row_length import row_length_fault
 
@@ -70,6 +67,8 @@ class BoundarySupport:
     """Largest difference between a document's logits in the packed row and alone."""
     mask_form: MaskForm = ""
     """For `mask`: one per layer type of the config, one as the config's window says, or one plain causal."""
+    passes_no_mask: bool = False
+    """For `native`: whether `NO_MASK` goes with the boundaries."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,9 @@ class BoundaryMeasurement:
 
 
 def base_of(model: nn.Module) -> PreTrainedModel:
-    """The transformers model itself, also inside a peft wrapper."""
+    """The transformers model itself, also inside DDP and a peft wrapper."""
+    if isinstance(model, DistributedDataParallel):
+        model = model.module
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if not isinstance(base, PreTrainedModel):
         raise ModelError(f"model: {type(base).__name__} is no transformers model (PreTrainedModel), nor one in peft")
@@ -178,6 +179,8 @@ def boundary_inputs(support: BoundarySupport, model: nn.Module, batch: Mapping[s
         wanted["attention_mask"] = batch["attention_mask"]
     elif support.mode == "native":
         wanted |= {name: batch[name] for name in _BOUNDARY_KEYS if name in batch}
+        if support.passes_no_mask:
+            wanted["attention_mask"] = NO_MASK
     elif support.mode == "mask":
         wanted["attention_mask"] = packed_mask(model, batch["position_ids"], support.mask_form)
     else:
@@ -216,27 +219,29 @@ def packing_support(
     if too_long is not None:
         return BoundarySupport("refused", too_long, float("nan"), float("nan"))
     faults: dict[str, list[str]] = {}
-    attempts = [BoundarySupport("native", "boundaries reach every attention layer", 0.0, 0.0)]
+    native = BoundarySupport("native", "boundaries reach every attention layer", 0.0, 0.0)
+    attempts = [native]
+    if base_of(model).config.get_text_config()._attn_implementation == PACKED_ATTENTION:
+        attempts.insert(0, replace(native, passes_no_mask=True))
     by_type = getattr(base_of(model).config.get_text_config(), "layer_types", None) is not None
     forms: list[MaskForm] = ["by_layer_type", "by_config", "causal"] if by_type else ["by_config", "causal"]
     attempts += [BoundarySupport("mask", "", 0.0, 0.0, form) for form in forms]
     leak, difference = float("nan"), float("nan")
     for attempt in attempts:
-        way = "boundaries as arguments" if attempt.mode == "native" else f"mask {attempt.mask_form}"
         # A foreign forward may raise anything on arguments it does not know; the text is the reason we give.
         try:
             measured = measure_boundaries(model, attempt, autocast_dtype=autocast_dtype)
+            leak, difference = measured.leak, measured.difference
             fault = measured.fault() or _look_back_fault(model, attempt, measured)
         except Exception as error:
             text = str(error).strip().splitlines()[0] if str(error) else ""
             fault = text if isinstance(error, ModelError) else f"{type(error).__name__}: {text}"
-            faults.setdefault(fault, []).append(way)
-            continue
-        leak, difference = measured.leak, measured.difference
         if fault is None:
-            reason = _told(faults) or attempt.reason
-            return BoundarySupport(attempt.mode, reason, leak, difference, attempt.mask_form)
-        faults.setdefault(fault, []).append(way)
+            reason = attempt.reason if attempt.mode == "native" else _told(faults)
+            return replace(attempt, reason=reason, leak=leak, difference=difference)
+        if not attempt.passes_no_mask:  # said once: the next attempt differs in nothing else
+            way = "boundaries as arguments" if attempt.mode == "native" else f"mask {attempt.mask_form}"
+            faults.setdefault(fault, []).append(way)
     return BoundarySupport("refused", _told(faults), leak, difference)
 
 

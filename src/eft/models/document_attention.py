@@ -32,6 +32,10 @@ from eft.models.tiled_attention import has_fast_products, tiled_attention
 PACKED_ATTENTION = "eft"
 """The name under which the attention and its mask function are registered."""
 
+NO_MASK = torch.empty((1, 1, 0, 0), dtype=torch.bool)
+"""Passed as `attention_mask` beside boundaries: a mask of four dimensions is ready-made to transformers, which else looks
+for documents in `position_ids` and makes the host wait for the device."""
+
 _REFUSED_ARGUMENTS = ("position_bias", "indices", "block_indices")
 """What some families hand to their attention that depends on positions in the whole row."""
 _MAX_FLASH_HEAD_DIM = 256
@@ -111,13 +115,16 @@ def document_attention(
     that cannot be computed per document.
     """
     chunk = _chunk_of(module)
+    forward = _packed.get()
+    needs_boundaries = forward is not None and forward.without_mask
+    if attention_mask is not None and attention_mask.shape == NO_MASK.shape:
+        attention_mask, needs_boundaries = None, True
     if (record := current_record()) is not None:
         address = None if attention_mask is None else attention_mask.untyped_storage().data_ptr()
         span = sliding_window if sliding_window is not None else chunk
         record.calls.append(AttentionCall(id(module), cu_seq_lens_q is not None, span, address))
     if cu_seq_lens_q is None:
-        forward = _packed.get()
-        if attention_mask is None and forward is not None and forward.without_mask:
+        if attention_mask is None and needs_boundaries:
             raise ModelError(
                 f"packing: the document boundaries did not reach {type(module).__name__}; "
                 "this model does not hand its keyword arguments on to its attention layers"
@@ -131,7 +138,7 @@ def document_attention(
         layer = _Layer(module, dropout, scaling, None, None, softcap, s_aux)
         return _eager(layer, query, key, value, attention_mask, causal=causal), None
 
-    if attention_mask is not None and _packed.get() is not None:
+    if attention_mask is not None and forward is not None:
         raise ModelError(f"packing: {type(module).__name__} makes a mask of its own beside the document boundaries")
     _refuse_what_spans_documents(module, query, key, is_causal, kwargs)
     layer = _Layer(module, dropout, scaling, sliding_window, chunk, softcap, s_aux)
