@@ -4,7 +4,7 @@
 #   make quickstart   train a real 135M-parameter chat model on real rows, in minutes on two CPU cores
 #   make test         the tests that CI runs
 #   make test-all     every test: also the full matrices, and those for an accelerator where there is one
-#   make faults       kill -9 a training run 50 times at random moments, compare with the run nobody touched
+#   make faults       let every fault strike a training run (kills, signals, full disks, ...), write docs/faults.md
 #   make families     audit every causal-LM family for leaks between packed documents, write docs/families.md
 #   make bench        a training step, the host's part of it and start-up beside the peers, written to docs/benchmarks.md
 #   make check        style, types, layers, generated docs
@@ -42,7 +42,7 @@ test-all: $(VENV)/.installed
 	$(PYTEST)
 
 faults: $(VENV)/.installed
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.faults.kill_and_resume --count 50
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.faults
 
 families: $(VENV)/.installed
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.families.audit --write >/dev/null
@@ -58,7 +58,7 @@ check: $(VENV)/.installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	@folder=$$(mktemp -d) && trap "rm -rf $$folder" EXIT && $(BIN)/eft config docs --folder $$folder >/dev/null \
-	  && for page in config.md cli.md; do \
+	  && for page in config.md cli.md optimizers.md schedules.md; do \
 	    diff -u docs/$$page $$folder/$$page || { echo "docs/$$page is stale: run 'eft config docs'"; exit 1; }; \
 	  done && echo "generated docs are up to date"
 
@@ -73,7 +73,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt $(COMPAT)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet 'pip>=25.1'
 	$(PIP) $(TORCH_ARGS) torch==2.13.0
-	$(PIP) --editable '.[gguf,optimizers,tensorboard,mlflow]' --group dev
+	$(PIP) --editable '.[gguf,qlora,optimizers,tensorboard,mlflow]' --group dev
 	$(if $(COMPAT),$(PIP) --no-deps --editable compat/axolotl)
 	@touch $@
 

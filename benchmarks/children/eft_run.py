@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from eft.builder import HFCausalTrainerBuilder, as_config
 from eft.data.store import open_store
-from eft.run import load_trainable_model
+from eft.inputs import load_trainable_model
 
 
 def config_of(settings: dict[str, Any]) -> dict[str, Any]:

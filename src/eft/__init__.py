@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from eft.config.load import load_config
     from eft.config.root import TrainConfig
     from eft.data.dataset_meta import DatasetMeta
-    from eft.run import load_datasets, setup_trainer, train
+    from eft.inputs import load_datasets
+    from eft.run import setup_trainer, train
     from eft.trainer.trainer import EftTrainer
 
 __version__ = "0.1.0"
@@ -25,7 +26,7 @@ _HOMES = {
     "HFCausalTrainerBuilder": "eft.builder",
     "TrainConfig": "eft.config.root",
     "load_config": "eft.config.load",
-    "load_datasets": "eft.run",
+    "load_datasets": "eft.inputs",
     "setup_trainer": "eft.run",
     "train": "eft.run",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -10,13 +11,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from rich.console import Console
 from torch import nn
 from torch.optim import Optimizer
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 
-from eft.callbacks import CallbackContext, RunOutcome, build_callbacks
+from eft.callbacks import build_callbacks
+from eft.callbacks.context import CallbackContext, RunOutcome
 from eft.config.identity import identity_hash
 from eft.config.load import config_from_mapping
 from eft.config.root import TrainConfig
@@ -25,35 +28,49 @@ from eft.core.errors import ConfigError, ModelError
 from eft.core.records import PromiseResult
 from eft.data.batches import BatchSource
 from eft.data.collators import Collator, PackedCollator, PaddedCollator
+from eft.data.image_prepare import image_size_of
+from eft.data.image_set import ImageCollator
 from eft.loss.head import trainable_token_loss
 from eft.loss.linear import head_loss
 from eft.loss.objectives import Objective
 from eft.loss.router import load_balance
 from eft.models.adapters import set_dtypes
-from eft.models.attention import BoundarySupport, install_attention, packing_support
+from eft.models.attention import BoundarySupport, base_of, install_attention, packing_support
 from eft.models.checkpointing import checkpointing_of, set_checkpointing
 from eft.models.compile import check_compiler, compile_layers, without_compilation
 from eft.models.forward import TrainedLogits, TrainedLoss
 from eft.models.kernels import InstalledLiger, check_liger, use_liger, wanted_kernels
 from eft.models.load import describe_model
 from eft.models.loss_head import find_loss_head
+from eft.models.neftune import noisy_loss
 from eft.models.probes import boundary_probe, select_logits_kwargs
+from eft.models.processor import check_processor
 from eft.models.router_logits import find_router_loss
+from eft.models.ulysses import SharedRows, install_ulysses
+from eft.models.verify_export import probe_save
 from eft.optim.averaging import evaluation_weights
 from eft.optim.in_backward import UpdatesInBackward, check_updates_in_backward
-from eft.optim.optimizers import build_optimizer
+from eft.optim.optimizers import OPTIMIZERS, build_optimizer
 from eft.optim.schedulers import build_scheduler
-from eft.parallel.plan import BatchPlan, batch_of
-from eft.preflight import preflight_is_wanted, preflight_of
+from eft.parallel.engine import accelerator_arguments, check_engine, check_family, one_tensor_at_a_time
+from eft.parallel.group import Agreement, subgroup_of
+from eft.parallel.plan import BatchPlan, Degrees, batch_of
+from eft.parallel.sharding import TensorShards
+from eft.preflight import preflight_is_wanted, preflight_of, say_untried
 from eft.preflight.callback import Preflight
 from eft.runtime.checkpoint import CheckpointStore
+from eft.runtime.dtype_ledger import Announced
 from eft.runtime.env import Environment, Precision, resolve_precision
 from eft.runtime.memory import HostMemory
 from eft.runtime.metrics import Throughput
 from eft.runtime.offload import activation_offloading
 from eft.runtime.rng import add_rng, load_rng
+from eft.runtime.watchdog import Watchdog
+from eft.trainer.dtypes import DtypeLedger
+from eft.trainer.flow import flow_rules
+from eft.trainer.guard import watch_rules
 from eft.trainer.in_backward import AttachUpdates
-from eft.trainer.parts import FlowRules, TrainerParts
+from eft.trainer.parts import ParallelParts, SaveProbe, TrainerParts
 from eft.trainer.trainer import EftTrainer
 from eft.trainer.training_args import build_training_arguments, set_tracker_environment
 
@@ -105,30 +122,30 @@ class HFCausalTrainerBuilder:
         cfg: TrainConfig | Mapping[str, Any],
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        processor: None = None,
+        processor: ProcessorMixin | None = None,
     ) -> None:
         """
         Args:
             cfg: the config, or a mapping with its keys.
             model: a causal LM, also one made elsewhere, wrapped in peft or not.
             tokenizer: its tokenizer.
-            processor: must be None: multimodal rows are not built yet.
+            processor: of a model that takes images; rows are then an `ImageSet` (`data.image_prepare`).
 
         Raises:
             ConfigError: the mapping is not a valid config.
-            ModelError: a processor was given, or the model is not what the config says.
+            ModelError: the processor has no images or the rows are packed, or the model is not what the config says.
         """
-        if processor is not None:
-            raise ModelError(
-                f"processor: {type(processor).__name__} was given, but multimodal rows are not part of eft yet. "
-                "Pass processor=None to train on text."
-            )
         self.config = as_config(cfg)
+        self.processor = processor
+        if processor is not None:
+            check_processor(processor)
+            self._check_not_packed(processor)
         self.model = model
         self.tokenizer = tokenizer
         self.train_dataset: Any = None
         self.eval_dataset: Any = None
         self.environment = Environment.detect()
+        self.degrees = Degrees(self.environment.world_size, dp_replicate=self.environment.world_size)
         self.outcome = RunOutcome()
         self.console: Console | None = None
         self.keys_read_before: frozenset[str] = frozenset()
@@ -147,18 +164,22 @@ class HFCausalTrainerBuilder:
         self._check_adapter()
         require_trackers(config)
         precision = resolve_precision(config, self.environment)
+        self.degrees = Degrees.resolve(self.environment.world_size, config)
+        check_family(self.degrees, base_of(self.model).config.get_text_config().model_type)
         batch = batch_of(config, self.environment.world_size)
         check_compiler(config, self.environment.device)
         check_liger(config, self.environment.device)
-        set_dtypes(self.model, pure_bf16=precision.pure, fp32_gradients=batch.accumulation > 1)
+        dtypes = {"pure_bf16": precision.pure, "autocast": precision.autocast}
+        set_dtypes(self.model, **dtypes, fp32_gradients=batch.accumulation > 1)
         set_checkpointing(self.model, checkpointing_of(config))
         set_tracker_environment(config)
         with without_compilation():
             support = self._install_attention(precision)
             loss, evaluation_loss = self._losses(support, precision)
         self._install_kernels()
-        parts = self._parts(support, batch, loss, evaluation_loss)
-        first = self._first_callbacks(parts, batch)
+        part_of_row = self._share_rows(support)
+        parts = self._parts(part_of_row, support, batch, loss, evaluation_loss)
+        first = self._first_callbacks(parts, batch, precision)
         trainer = self.trainer_class(
             parts,
             total_num_steps=total_num_steps or None,
@@ -168,28 +189,43 @@ class HFCausalTrainerBuilder:
                 accumulation=batch.accumulation,
                 compute_dtype=precision.autocast_dtype,
                 device_type=self.environment.device.type,
-                max_steps=config.max_steps or total_num_steps,
+                # A stream has no length to take steps from; the plan sets their number.
+                max_steps=config.max_steps or total_num_steps or (1 if config.streaming else None),
                 has_eval=self._may_evaluate(),
             ),
             train_dataset=self.train_dataset,
             eval_dataset=PlaceholderDataset() if self.eval_dataset is None else self.eval_dataset,
-            processing_class=self.tokenizer,
+            processing_class=self.tokenizer if self.processor is None else self.processor,
             callbacks=[*first, *build_callbacks(config, self._context())],
         )
+        check_engine(self.degrees, trainer.accelerator.distributed_type, self.environment.device.type)
         trainer.outcome = self.outcome
         for callback in first:
-            if isinstance(callback, Preflight):
+            if isinstance(callback, Preflight | DtypeLedger):
                 callback.trainer = trainer
         return trainer
 
-    def _first_callbacks(self, parts: TrainerParts, batch: BatchPlan) -> list[TrainerCallback]:
-        """What happens when a training begins, before all else: hooks of the optimizer, then the preflight."""
-        callbacks: list[TrainerCallback] = []
+    def _first_callbacks(self, parts: TrainerParts, batch: BatchPlan, precision: Precision) -> list[TrainerCallback]:
+        """What happens before all else: hooks of the optimizer, the preflight; after a step a look at all dtypes."""
+        weights = {torch.float32, precision.compute_dtype} if precision.pure else {torch.float32}
+        announced = Announced(frozenset(weights), OPTIMIZERS[self.config.optimizer].state)
+        callbacks: list[TrainerCallback] = [DtypeLedger(announced, self.outcome.promises)]
         if isinstance(parts.optimizer, UpdatesInBackward):
             callbacks.append(AttachUpdates(parts.optimizer))
-        if preflight_is_wanted(self.config, self.environment):
+        if not preflight_is_wanted(self.config, self.environment) or self.processor is not None:
+            return callbacks
+        if self.environment.world_size == 1:
             callbacks.append(preflight_of(self.config, self.environment, batch, parts, self.console))
+        elif self.environment.rank == 0:
+            say_untried(self.environment.world_size)
         return callbacks
+
+    def _check_not_packed(self, processor: ProcessorMixin) -> None:
+        if self.config.sample_packing:
+            raise ModelError(
+                f"sample_packing: rows that go through a {type(processor).__name__} cannot be packed: image tokens "
+                "take their positions from the image sizes of a whole row. Set `sample_packing: false`."
+            )
 
     def _check_adapter(self) -> None:
         if self.config.adapter is not None and not isinstance(self.model, PeftModel):
@@ -202,6 +238,10 @@ class HFCausalTrainerBuilder:
     def _install_attention(self, precision: Precision) -> BoundarySupport:
         """Install the config's attention and find out by a probe how the model keeps documents apart (D6)."""
         config = self.config
+        if self.processor is not None:
+            if config.attn_implementation != "eft":
+                install_attention(self.model, config.attn_implementation)
+            return BoundarySupport("refused", "rows with images are not packed", leak=0.0, difference=0.0)
         install_attention(self.model, config.attn_implementation)
         autocast = precision.compute_dtype if precision.autocast else None
         rows = max(config.micro_batch_size, config.eval_batch_size or 0)
@@ -228,7 +268,12 @@ class HFCausalTrainerBuilder:
         head, reason = find_loss_head(self.model, head_loss, autocast_dtype=autocast)
         logger.info("loss: %s (%s)", "from logits" if head is None else "without logits", reason)
         forward = TrainedLogits(support, select_logits_kwargs(self.model))
-        objective = Objective(label_smoothing=config.label_smoothing_factor, z_loss=config.z_loss_weight)
+        objective = Objective(
+            label_smoothing=config.label_smoothing_factor,
+            z_loss=config.z_loss_weight,
+            entropy_power=config.eaft_alpha if config.use_eaft else None,
+            entropy_tokens=config.eaft_k,
+        )
         checkpointing = checkpointing_of(config)
         router = find_router_loss(
             self.model,
@@ -255,19 +300,33 @@ class HFCausalTrainerBuilder:
             self.outcome.promises.extend(use_liger(self.model, self.config, InstalledLiger()))
         compile_layers(self.model, self.config, recomputed=self.config.gradient_checkpointing)
 
+    def _share_rows(self, support: BoundarySupport) -> Callable[[dict[str, Any]], dict[str, Any]] | None:
+        """Context parallelism: what takes this process's part of a batch; None where rows are not shared."""
+        size, rank = self.degrees.cp, self.environment.rank
+        if size == 1:
+            return None
+        rows = SharedRows(subgroup_of(rank, size, self.degrees.world_size), rank % size, size)
+        install_ulysses(self.model, support, rows)
+        return rows.part
+
     def _may_evaluate(self) -> bool:
         config = self.config
         return self.eval_dataset is not None or config.val_set_size > 0 or config.test_datasets is not None
 
     def _parts(
-        self, support: BoundarySupport, batch: BatchPlan, loss: TrainedLoss, evaluation_loss: TrainedLoss
+        self,
+        part_of_row: Callable[[dict[str, Any]], dict[str, Any]] | None,
+        support: BoundarySupport,
+        batch: BatchPlan,
+        loss: TrainedLoss,
+        evaluation_loss: TrainedLoss,
     ) -> TrainerParts:
         config = self.config
         rank, world_size = self.environment.rank, self.environment.world_size
         return TrainerParts(
             packing=self._batches(support, batch),
             forward=loss.forward,
-            loss=loss,
+            loss=noisy_loss(self.model, loss, config.neftune_noise_alpha),
             evaluation_loss=evaluation_loss,
             scheduler=partial(build_scheduler, config),
             optimizer=self._optimizer(batch),
@@ -277,7 +336,9 @@ class HFCausalTrainerBuilder:
             checkpoint=CheckpointStore(
                 Path(config.output_dir),
                 save_total_limit=config.save_total_limit or None,
+                keep_every=config.save_keep_every,
                 asynchronous=config.save_asynchronously,
+                sharding=TensorShards(rank, world_size),
             ),
             offloading=partial(
                 activation_offloading,
@@ -287,16 +348,36 @@ class HFCausalTrainerBuilder:
             ),
             meter=Throughput(),
             flow=flow_rules(config),
-            seed=config.seed,
+            watchdog=Watchdog(watch_rules(config), self.outcome.fail),
+            # Dropout differs between batches, not between processes that share one.
+            seed=config.seed + rank // self.degrees.tp,
             fingerprint=identity_hash(config),
+            probe_save=self._probe_save(),
             has_gradient_norm=not config.optimizer_in_backward,
+            parallel=ParallelParts(
+                accelerator_arguments(config, self.degrees),
+                self.degrees.gradient_ranks,
+                is_sharded=self.degrees.sharded or self.degrees.tp > 1,
+                part_of_row=part_of_row,
+            ),
         )
+
+    def _probe_save(self) -> SaveProbe | None:
+        """What has every save loaded by a fresh process, where one process has the whole model to compare with."""
+        if self.config.verify_saves != "always":
+            return None
+        if self.degrees.sharded or self.degrees.tp > 1:
+            logger.warning("verify_saves: always; a sharded model is verified at the end only")
+            return None
+        return partial(probe_save, gguf_file=self.config.gguf_file)
 
     def _optimizer(self, batch: BatchPlan) -> Callable[[nn.Module], Optimizer]:
         """What makes the optimizer, once the model is where it will be trained."""
         config = self.config
         bf16_update = config.bf16_update if config.bfloat16 else None
         build = partial(build_optimizer, config, bf16_update=bf16_update, seed=config.seed)
+        if self.degrees.tp > 1:
+            return partial(one_tensor_at_a_time, build)
         if not config.optimizer_in_backward:
             return build
         check_updates_in_backward(batch.accumulation, self.environment.world_size)
@@ -323,23 +404,30 @@ class HFCausalTrainerBuilder:
             accumulation=batch.accumulation,
             micro_batch_size=config.micro_batch_size,
             eval_batch_size=config.eval_batch_size or config.micro_batch_size,
-            rank=self.environment.rank,
-            world_size=self.environment.world_size,
+            rank=self.degrees.data_rank(self.environment.rank),
+            world_size=self.degrees.dp,
             num_workers=config.dataloader_num_workers,
             pin_memory=config.dataloader_pin_memory and self.environment.device.type == "cuda",
             attention_cost_ratio=shape["attention_cost_ratio"],
             vocabulary_rows=shape["vocabulary_rows"],
             position_rows=shape["position_rows"],
+            buffer_samples=config.streaming_multipack_buffer_size,
+            token_budget=config.streaming_token_budget,
         )
 
     def _collator(self, support: BoundarySupport) -> Collator:
         """One row without padding where the model knows boundaries, else padded rows."""
         config, pad_id = self.config, self.tokenizer.pad_token_id or 0
+        if self.processor is not None:
+            pad_to = config.sequence_len if config.pad_to_sequence_len else None
+            return ImageCollator(self.processor, image_size_of(config), pad_id, pad_to)
         if support.mode == "refused":
             return PaddedCollator(
                 pad_token_id=pad_id, pad_to=config.sequence_len if config.pad_to_sequence_len else None
             )
         pad_to = config.micro_batch_size * config.sequence_len if config.pad_to_sequence_len else None
+        if self.degrees.cp > 1:
+            pad_to = math.lcm(pad_to or 1, self.degrees.cp)
         return PackedCollator(pad_to=pad_to, pad_token_id=pad_id)
 
     def _context(self) -> CallbackContext:
@@ -348,31 +436,8 @@ class HFCausalTrainerBuilder:
             outcome=self.outcome,
             check_keys_read=self._check_keys_read,
             console=self.console if self.environment.rank == 0 else None,
+            agree=Agreement(),
         )
 
     def _check_keys_read(self) -> PromiseResult:
         return effective_keys(self.config, read_before=self.keys_read_before, exempt=self.keys_of_others)
-
-
-def flow_rules(config: TrainConfig) -> FlowRules:
-    """When to log, evaluate and save, with the defaults that users expect: each epoch, where nothing else is said."""
-    save_strategy = config.save_strategy or ("steps" if config.save_steps is not None else "epoch")
-    saves_per_epoch = config.saves_per_epoch
-    if saves_per_epoch is None and save_strategy == "epoch":
-        saves_per_epoch = 1
-    eval_strategy = config.eval_strategy or ("steps" if config.eval_steps is not None else "epoch")
-    evals_per_epoch = config.evals_per_epoch
-    if evals_per_epoch is None and eval_strategy == "epoch":
-        evals_per_epoch = 1
-    saving, evaluating = save_strategy != "no", eval_strategy != "no"
-    best = save_strategy == "best" or config.load_best_model_at_end
-    return FlowRules(
-        logging_steps=config.logging_steps,
-        eval_every=config.eval_steps if evaluating else None,
-        evals_per_epoch=evals_per_epoch if evaluating and config.eval_steps is None else None,
-        save_every=config.save_steps if saving else None,
-        saves_per_epoch=saves_per_epoch if saving and config.save_steps is None else None,
-        save_first_step=config.save_first_step and saving,
-        save_at_end=saving,
-        save_best=best and saving,
-    )

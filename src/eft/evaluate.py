@@ -11,9 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from eft.builder import HFCausalTrainerBuilder
 from eft.config.root import TrainConfig
 from eft.core.errors import ConfigError, ModelError
+from eft.inputs import load_datasets, load_trainable_model, prepare_tokenizer
 from eft.models.load import load_model
 from eft.models.tokenizer import resize_embeddings
-from eft.run import load_datasets, load_trainable_model, prepare_tokenizer
 from eft.runtime.env import Environment, resolve_precision
 
 
@@ -39,7 +39,7 @@ def evaluate_model(config: TrainConfig, model_path: str | None = None) -> dict[s
         # No tracker hears of it: that would start a run there.
         trackers = dict.fromkeys(("use_tensorboard", "use_wandb", "use_mlflow", "use_trackio"), False)
         update = {"output_dir": folder, "adapter": None, **trackers}
-        builder = HFCausalTrainerBuilder(config.model_copy(update=update), model, tokenizer)
+        builder = HFCausalTrainerBuilder(config.model_copy(update=update), model, tokenizer, meta.processor)
         builder.eval_dataset = meta.eval_dataset
         trainer = builder.build()
         metrics = trainer.evaluate(meta.eval_dataset)

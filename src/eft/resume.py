@@ -10,13 +10,14 @@ from rich.console import Console
 from eft.config.identity import differences, identity, identity_hash
 from eft.config.root import TrainConfig
 from eft.core.errors import CheckpointError, ConfigError
+from eft.parallel.group import from_first_rank
 from eft.runtime.checkpoint import CheckpointStore, verify_manifest
-from eft.runtime.run_folder import FolderRequest, RunFolder, recorded_identity
+from eft.runtime.run_folder import FolderRequest, RunFolder, claim_run_folder, recorded_identity
 
 logger = logging.getLogger(__name__)
 
 
-def folder_request(config: TrainConfig, overwrite: bool) -> FolderRequest:
+def folder_request(config: TrainConfig, overwrite: bool, allow_change: bool = False) -> FolderRequest:
     """What a run of this config wants of its output folder."""
     # Out of a copy: looking at keys here must not count as using them (E8).
     values = config.model_dump()
@@ -32,12 +33,29 @@ def folder_request(config: TrainConfig, overwrite: bool) -> FolderRequest:
         overwrite,
         differences,
         {key: Path(value).expanduser() for key, value in inputs.items() if value is not None},
+        allow_change,
         None if cache is None else Path(cache).expanduser(),
+        continues=values["auto_resume_from_checkpoints"],
     )
 
 
-def checkpoint_to_resume(config: TrainConfig, folder: RunFolder, console: Console | None) -> str | None:
-    """The checkpoint to continue from, or None for a fresh start.
+def claim_for_all(request: FolderRequest) -> RunFolder:
+    """The output folder, taken by rank 0 for all processes of the run. Errors as `claim_run_folder`."""
+    claimed: list[RunFolder] = []
+
+    def claim() -> bool:
+        claimed.append(claim_run_folder(request))
+        return claimed[0].continues
+
+    continues = from_first_rank(claim)
+    return claimed[0] if claimed else RunFolder(request.path, continues, request.identity)
+
+
+def checkpoint_to_resume(
+    config: TrainConfig, folder: RunFolder, console: Console | None, allow_change: bool = False
+) -> str | None:
+    """The checkpoint to continue from, or None for a fresh start; with `allow_change` also of other settings, which are
+    then said.
 
     Raises:
         CheckpointError: `resume_from_checkpoint` names one that is damaged or of a run of another config.
@@ -45,7 +63,7 @@ def checkpoint_to_resume(config: TrainConfig, folder: RunFolder, console: Consol
     """
     wanted = config.resume_from_checkpoint
     if isinstance(wanted, str):
-        _check_same_run(Path(wanted), config)
+        _check_same_run(Path(wanted), config, allow_change)
         return wanted
     automatic = config.auto_resume_from_checkpoints and folder.continues
     if wanted is not True and not automatic:
@@ -59,19 +77,27 @@ def checkpoint_to_resume(config: TrainConfig, folder: RunFolder, console: Consol
             raise ConfigError(f"resume_from_checkpoint: true, but {folder.path} holds no complete checkpoint")
         return None
     if console is not None:
+        changes = "".join(f"\n  {line}" for line in folder.changed)
         console.print(
-            f"Continuing the unfinished run in {folder.path} from {newest.name}.", highlight=False, soft_wrap=True
+            f"Continuing the unfinished run in {folder.path} from {newest.name}"
+            + (f", with other settings from here on:{changes}" if changes else "."),
+            highlight=False,
+            soft_wrap=True,
         )
     return str(newest)
 
 
-def _check_same_run(checkpoint: Path, config: TrainConfig) -> None:
-    """Raise CheckpointError where `checkpoint` is damaged or of a run of another config."""
+def _check_same_run(checkpoint: Path, config: TrainConfig, allow_change: bool) -> None:
+    """Raise CheckpointError where `checkpoint` is damaged, or of a run of another config, unless that is allowed."""
     if verify_manifest(checkpoint).get("config") == identity_hash(config):
         return
     changed = differences(recorded_identity(checkpoint.parent), identity(config))
+    if allow_change:
+        logger.warning("%s is continued with other settings: %s", checkpoint, "; ".join(changed))
+        return
     raise CheckpointError(
         f"resume_from_checkpoint {checkpoint}: was written by a run of another config"
         + "".join(f"\n  {line}" for line in changed)
-        + "\nGo back to its settings to continue it, or start a new run from its weights (`base_model`)."
+        + "\nGo back to its settings to continue it, pass --allow-change to continue it with these, or start a new run "
+        "from its weights (`base_model`)."
     )

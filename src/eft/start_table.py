@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from eft.config.root import TrainConfig
 from eft.data.balance import Balance
 from eft.data.dataset_meta import DatasetMeta
+from eft.data.ledger import SourceLedger
 from eft.data.plan import Plan
+from eft.data.stream_plan import StreamPlan
 from eft.models.probes import dtype_table
 from eft.optim.in_backward import UpdatesInBackward
+from eft.optim.optimizers import optimizer_groups
+from eft.optim.param_groups import group_lines
 from eft.optim.schedulers import learning_rates, schedule_name, warmup_of
 from eft.optim.state_size import gradient_bytes, optimizer_state_bytes
 from eft.parallel.plan import batch_of
@@ -24,14 +29,14 @@ _SHOWN_STEPS = 6
 
 def start_rows(config: TrainConfig, trainer: EftTrainer, meta: DatasetMeta) -> Rows:
     """Everything worth a look before a training: model, data, steps, saves."""
-    assert isinstance(trainer.plan, Plan)
+    assert isinstance(trainer.plan, Plan | StreamPlan)
     plan = plan_rows(config, trainer.plan, trainer.flow, meta, trainer.args.world_size)
     return [*_model_rows(config, trainer), *plan, ("output", config.output_dir)]
 
 
 def plan_rows(
     config: TrainConfig,
-    plan: Plan,
+    plan: Plan | StreamPlan,
     flow: Flow,
     meta: DatasetMeta,
     world_size: int,
@@ -59,6 +64,7 @@ def _model_rows(config: TrainConfig, trainer: EftTrainer) -> Rows:
         ("model", f"{config.base_model} · {type(trainer.model).__name__}"),
         ("parameters", f"{total:,} · trained {trainable:,} ({100 * trainable / total:.2f} %)"),
         *(("weights", str(row)) for row in dtype_table(trainer.model)),
+        *(("updated", line) for line in group_lines(optimizer_groups(config, trainer.model))),
         *_arithmetic_rows(config),
         ("memory", _memory_text(config, trainer)),
         ("device", f"{trainer.args.device} · {_count(trainer.args.world_size, 'process')} · autocast {autocast}"),
@@ -97,8 +103,33 @@ def _arithmetic_rows(config: TrainConfig) -> Rows:
 
 
 def _data_rows(summary: dict[str, Any], meta: DatasetMeta) -> Rows:
+    is_stream = "streaming" in summary
+    rows = _stream_rows(summary) if is_stream else _sample_rows(summary)
+    if meta.ledger is not None and not is_stream and any(source.epochs != 1.0 for source in meta.ledger.of("train")):
+        rows.append(("mixture", mixture_text(meta.ledger.of("train"))))
+    evals = meta.eval_dataset
+    if evals is not None:
+        named = evals if isinstance(evals, dict) else {"": evals}
+        counts = (f"{name + ': ' if name else ''}{_count(len(data), 'sample')}" for name, data in named.items())
+        rows.append(("held out", ", ".join(counts)))
+    if meta.gates is not None:
+        rows.append(("data gates", meta.gates.line()))
+    if meta.cache_note:
+        rows.append(("data cache", meta.cache_note))
+    return rows
+
+
+def _stream_rows(summary: dict[str, Any]) -> Rows:
+    shares = ", ".join(f"{name} {100 * share:.1f} %" for name, share in summary["shares"].items())
+    return [
+        ("stream", f"{shares} of the tokens · packed {_count(summary['buffer_samples'], 'sample')} at a time"),
+        ("budget", f"{summary['capacity_tokens']:,} tokens of capacity"),
+    ]
+
+
+def _sample_rows(summary: dict[str, Any]) -> Rows:
     tokens, trained = summary["tokens_per_epoch"], summary["trainable_tokens_per_epoch"]
-    rows = [
+    return [
         ("samples", f"{summary['samples_per_epoch']:,} per epoch"),
         ("tokens", f"{tokens:,} per epoch · trained {trained:,} ({100 * trained / tokens:.1f} %)"),
         (
@@ -108,18 +139,20 @@ def _data_rows(summary: dict[str, Any], meta: DatasetMeta) -> Rows:
         ),
         ("packing", f"{summary['strategy']}: {summary['strategy_reason']}"),
     ]
-    evals = meta.eval_dataset
-    if evals is not None:
-        named = evals if isinstance(evals, dict) else {"": evals}
-        counts = (f"{name + ': ' if name else ''}{_count(len(data), 'sample')}" for name, data in named.items())
-        rows.append(("held out", ", ".join(counts)))
-    if meta.cache_note:
-        rows.append(("data cache", meta.cache_note))
-    return rows
+
+
+def mixture_text(sources: Sequence[SourceLedger]) -> str:
+    """Share of the tokens and number of epochs of each data set, per epoch of the mixture."""
+    total = sum(source.trainable + source.context for source in sources)
+    return " · ".join(
+        f"{source.name} {100 * (source.trainable + source.context) / total:.2f} % of the tokens, "
+        f"{source.epochs:.3g} epochs of it"
+        for source in sources
+    )
 
 
 def _step_rows(config: TrainConfig, summary: dict[str, Any], world_size: int) -> Rows:
-    total, per_step = summary["total_steps"], summary["tokens_per_step"]
+    total, per_step = summary["total_steps"], summary.get("tokens_per_step")
     by = f" (by {summary['decided_by']}; the epochs alone give {summary['plan_steps']:,})"
     accumulation = batch_of(config, world_size).accumulation
     return [
@@ -129,13 +162,19 @@ def _step_rows(config: TrainConfig, summary: dict[str, Any], world_size: int) ->
             f"{_count(summary['global_batch_size'], 'bin')} per step = micro-batch {config.micro_batch_size} × "
             f"accumulation {accumulation} × {_count(world_size, 'process')}",
         ),
-        ("tokens per step", f"{per_step['min']:,} to {per_step['max']:,}, median {per_step['median']:,.0f}"),
+        ("tokens per step", _tokens_text(summary["capacity_tokens_per_step"] if per_step is None else per_step)),
         (
             "learning rate",
             f"{config.learning_rate:g} · {schedule_name(config).value} · {_warmup_text(config, total)}",
         ),
         ("optimizer", config.optimizer),
     ]
+
+
+def _tokens_text(per_step: dict[str, Any] | int) -> str:
+    if isinstance(per_step, int):
+        return f"up to {per_step:,}"
+    return f"{per_step['min']:,} to {per_step['max']:,}, median {per_step['median']:,.0f}"
 
 
 def _flow_rows(flow: Flow) -> Rows:

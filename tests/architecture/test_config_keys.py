@@ -44,7 +44,10 @@ def test_the_list_of_unread_keys_only_shrinks() -> None:
 
 def test_the_keys_of_the_run_are_read_by_the_run() -> None:
     """Promise E8 takes it on trust that `eft.run` reads them, so here is the proof."""
-    trees = [ast.parse((SOURCE / name).read_text()) for name in ("run.py", "resume.py", "samples.py")]
+    trees = [
+        ast.parse((SOURCE / name).read_text())
+        for name in ("run.py", "run_state.py", "inputs.py", "finish.py", "resume.py", "samples.py")
+    ]
     nodes = [node for tree in trees for node in ast.walk(tree)]
     read = {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
     assert read >= KEYS_OF_RUN

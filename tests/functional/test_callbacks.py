@@ -17,15 +17,16 @@ from torch import nn
 from transformers import TrainerCallback
 
 from eft import run
-from eft.callbacks import StopOnSignal
 from eft.core.errors import PromiseBroken
 from eft.runtime.checkpoint import verify_manifest
+from eft.runtime.stop import SIGNALS
 from eft.trainer.trainer import EftTrainer
 from tests.functional.conftest import MakeConfig, MakeTrainer
 from tests.functional.reference import model_of, token_rows
 from tests.tiny_models import tiny_model
 
 HELD_OUT = token_rows(4, seed=9)
+WATCHED = {"loss_watchdog_threshold": 100.0, "loss_watchdog_patience": 2}
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
@@ -86,7 +87,7 @@ def test_watchdog_counts_in_a_row_only(make_trainer: MakeTrainer) -> None:
 
 def test_watchdog_sees_nan(make_trainer: MakeTrainer) -> None:
     model = tiny_model("llama")
-    trainer: Any = make_trainer(model=model, max_steps=6, loss_watchdog_threshold=100.0, loss_watchdog_patience=2)
+    trainer: Any = make_trainer(model=model, max_steps=6, nonfinite_action="ignore", **WATCHED)
     with torch.no_grad():
         model.lm_head.weight[5, 5] = float("nan")
     assert trainer.train().global_step == 2
@@ -155,24 +156,24 @@ class Sender(TrainerCallback):
 @pytest.fixture
 def handlers() -> Iterator[dict[int, Any]]:
     """The handlers before the test, and after it whatever happened."""
-    before = {number: signal.getsignal(number) for number in StopOnSignal.SIGNALS}
+    before = {number: signal.getsignal(number) for number in SIGNALS}
     yield before
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
 def handlers_now() -> dict[int, Any]:
-    return {number: signal.getsignal(number) for number in StopOnSignal.SIGNALS}
+    return {number: signal.getsignal(number) for number in SIGNALS}
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_finishes_the_step_and_saves(
     number: int, make_trainer: MakeTrainer, tmp_path: Path, handlers: dict[int, Any]
 ) -> None:
     trainer: Any = make_trainer(max_steps=5, save_strategy="no")
     trainer.add_callback(Sender(number))
     assert trainer.train().global_step == 2
-    assert trainer.outcome.signal_number == number
+    assert trainer.outcome.exit_code == 128 + number
     assert trainer.outcome.reason == f"stopped by {signal.Signals(number).name}"
     assert verify_manifest(tmp_path / "out" / "checkpoint-2")["resumable"] is True
     assert handlers_now() == handlers

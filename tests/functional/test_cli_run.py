@@ -77,7 +77,11 @@ def test_train_leaves_what_it_says(eft: Eft, config: Path, tmp_path: Path) -> No
 def test_a_finished_run_is_not_touched_without_overwrite(eft: Eft, config: Path, tmp_path: Path) -> None:
     assert eft("train", config, "--no-report")[0] == 0
     before = (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns
-    code, _, err = eft("train", config)
+    code, out, _ = eft("train", config)
+    assert code == 0, "a supervisor may start the same command for ever"
+    assert len(out.splitlines()) == 1
+    assert "this run is finished" in out
+    code, _, err = eft("train", config, "learning_rate=0.5")
     assert code == 2
     assert "holds a finished run" in err
     assert "--overwrite" in err
@@ -180,8 +184,9 @@ def test_preprocess_shows_what_is_trained(eft: Eft, config: Path) -> None:
     code, out, _ = eft("preprocess", config, "--show", 1)
     assert code == 0
     assert "Token ledger" in out
-    assert "sample 0:" in out
-    assert "<|im_start|>assistant" in out
+    assert "Data gates" in out
+    assert " trained\n" in out
+    assert "<|im_start|>assistant\n«" in out
 
 
 def test_evaluate_chat_and_report_on_a_finished_run(eft: Eft, config: Path, tmp_path: Path) -> None:
@@ -223,12 +228,15 @@ def test_a_warm_up_longer_than_the_run_is_told(eft: Eft, config: Path, steps: in
     assert ("the run ends" in out) == (steps == 9)
 
 
-def test_two_processes_are_refused(eft: Eft, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes_that_nobody_launched_are_refused(
+    eft: Eft, config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("LOCAL_RANK", "0")):
         monkeypatch.setenv(name, value)
     code, _, err = eft("train", config)
     assert code == 2
-    assert "one process" in err
+    assert "WORLD_SIZE says 2 processes" in err
+    assert "eft train --nproc 2" in err
 
 
 def test_sigterm_finishes_the_step_and_the_same_command_continues(eft: Eft, config: Path, tmp_path: Path) -> None:

@@ -218,12 +218,12 @@ def test_setup_trainer_refuses_reinforcement_learning(place: Place) -> None:
 
 def test_a_key_that_nothing_reads_is_told_at_the_start(place: Place) -> None:
     """What the trainer is responsible for stays under E8; what the program itself loaded is the program's business."""
-    cfg = DictDefault(place.keys_for("unread"))
+    cfg = DictDefault(place.keys_for("unread", stall_timeout=50))
     dataset_meta = load_datasets(cfg=cfg)
     builder = HFCausalTrainerBuilder(cfg, place.model(), place.tokenizer())
-    builder.keys_of_others = builder.keys_of_others - {"verify_saves"}
+    builder.keys_of_others = builder.keys_of_others - {"stall_timeout"}
     builder.train_dataset = dataset_meta.train_dataset
-    with pytest.raises(PromiseBroken, match=r"E8 effective keys.*`verify_saves`"):
+    with pytest.raises(PromiseBroken, match=r"E8 effective keys.*`stall_timeout`"):
         builder.build().train()
 
 
@@ -241,13 +241,13 @@ def test_load_cfg_fills_in_defaults_and_takes_overrides(place: Place) -> None:
 
 def test_load_cfg_raises_our_errors(place: Place) -> None:
     path = place.folder / "wrong.yaml"
-    path.write_text(place.yaml_for("right").read_text() + "sample_pakcing: true\nload_in_4bit: true\n")
+    path.write_text(place.yaml_for("right").read_text() + "sample_pakcing: true\ngptq: true\n")
     with pytest.raises(ConfigError) as caught:
         load_cfg(path)
     lines = len(path.read_text().splitlines())
     assert f"wrong.yaml:{lines - 1}" in str(caught.value)
     assert "did you mean `sample_packing`?" in str(caught.value)
-    assert "`load_in_4bit: true`: Axolotl has this key, eft has not" in str(caught.value)
+    assert "`gptq: true`: Axolotl has this key, eft has not" in str(caught.value)
 
 
 def test_a_dict_is_checked_when_it_is_used(place: Place) -> None:

@@ -104,7 +104,7 @@ def test_the_run_says_what_was_compiled(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("eft.callbacks.COMPILED_BY", 4)
+    monkeypatch.setattr("eft.callbacks.compile_report.COMPILED_BY", 4)
     console = Console(record=True, width=100, quiet=False, file=io.StringIO())
     trainer = make_trainer(ROWS, HELD_OUT, console=console, max_steps=8, val_set_size=0.1, eval_steps=6, **CAPTURE)
     if late:

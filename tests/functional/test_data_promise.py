@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from eft import run
+from eft import inputs, run
 from eft.data.ledger import Ledger
 from eft.trainer.trainer import EftTrainer
 from tests.functional.conftest import MakeConfig, MakeTrainer
@@ -58,7 +58,7 @@ def test_the_ledger_of_a_mixed_file_balances(
     mixed: dict[str, Any], make_config: MakeConfig, make_trainer: MakeTrainer, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     config = make_config(**mixed, num_epochs=2)
-    meta = run.load_datasets(config)
+    meta = inputs.load_datasets(config)
     assert meta.ledger is not None
     meta.ledger.check()
     (train,), (held_out,) = meta.ledger.of("train"), meta.ledger.of("eval")
@@ -95,7 +95,7 @@ def test_the_ledger_of_a_mixed_file_balances(
 def test_truncation_is_on_the_ledger_too(
     mixed: dict[str, Any], make_config: MakeConfig, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    meta = run.load_datasets(make_config(**mixed, excess_length_strategy="truncate"))
+    meta = inputs.load_datasets(make_config(**mixed, excess_length_strategy="truncate"))
     assert meta.ledger is not None
     meta.ledger.check()
     (train,) = meta.ledger.of("train")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from peft import PeftModel
 
-from eft import run
+from eft import inputs, run
 from eft.config.load import config_from_mapping
 from eft.core.errors import ConfigError, ModelError
 from eft.evaluate import evaluate_model, load_trained
@@ -55,7 +55,7 @@ def test_the_losses_are_those_of_the_run(keys: dict[str, Any], kind: str, tmp_pa
     assert summary["eval_loss"] < summary["eval_loss_first"]
     assert evaluate_model(config)["eval_loss"] == pytest.approx(summary["eval_loss_first"], rel=1e-6)
     assert evaluate_model(config, str(tmp_path / "out"))["eval_loss"] == pytest.approx(summary["eval_loss"], rel=1e-6)
-    trained = load_trained(config, run.prepare_tokenizer(config), str(tmp_path / "out"))
+    trained = load_trained(config, inputs.prepare_tokenizer(config), str(tmp_path / "out"))
     assert isinstance(trained, PeftModel) == (kind != "full")
 
 

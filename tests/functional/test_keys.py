@@ -80,6 +80,9 @@ TOUR: dict[str, dict[str, Any]] = {
         "min_sample_len": 3,
         "malformed_rows": "drop",
         "shuffle_merged_datasets": False,
+        "data_gates": "warn",
+        "data_gate_limits": {"duplicates": 0.5},
+        "data_gate_conversations": 8,
         "dataset_exact_deduplication": True,
         "seed": 1,
         "eval_sample_packing": False,
@@ -117,6 +120,7 @@ TOUR: dict[str, dict[str, Any]] = {
         "save_steps": 2,
         "save_first_step": True,
         "save_total_limit": 2,
+        "save_keep_every": 2,
         "save_asynchronously": False,
         "dataset_processes": 1,
         "auto_resume_from_checkpoints": False,
@@ -131,6 +135,11 @@ TOUR: dict[str, dict[str, Any]] = {
         "num_generation_samples": 1,
         "generation_max_new_tokens": 2,
         "ddp_timeout": 60,
+        "stall_timeout": 30,
+        "fsdp_version": 2,
+        "fsdp_config": {"reshard_after_forward": False},
+        "dp_shard_size": 1,
+        "dp_replicate_size": 1,
         "ddp_find_unused_parameters": True,
         "ddp_bucket_cap_mb": 10,
         "logging_steps": 2,
@@ -139,6 +148,23 @@ TOUR: dict[str, dict[str, Any]] = {
         "profiler_steps_start": 1,
         "loss_watchdog_threshold": 100.0,
         "loss_watchdog_patience": 2,
+        "loss_watchdog_action": "skip",
+        "nonfinite_action": "rollback",
+        "stop_file": "/tmp/eft-stop",
+    },
+    "a base in 4 bits, other ranks, one layer": {
+        "adapter": "qlora",
+        "load_in_4bit": True,
+        "bnb_config_kwargs": {"bnb_4bit_use_double_quant": False},
+        "lora_target_modules": ["q_proj", "v_proj", "up_proj"],
+        "lora_exclude_modules": ["up_proj"],
+        "lora_rank_pattern": {"q_proj": 2},
+        "lora_alpha_pattern": {"q_proj": 2},
+        "peft_init_lora_weights": "gaussian",
+        "peft_layers_to_transform": [1],
+        "peft_layers_pattern": "layers",
+        "peft_trainable_token_indices": [1],
+        "peft": {"lora_bias": False},
     },
     "part of the weights, another schedule, parts of epochs": {
         "train_top_layers": 1,
@@ -170,6 +196,38 @@ TOUR: dict[str, dict[str, Any]] = {
         "torch_compile": True,
         "torch_compile_backend": "eager",
     },
+    "rates of their own, an average, noise, restarts": {
+        "max_steps": 3,
+        "optimizer": "ademamix",
+        "adam_beta3": 0.99,
+        "lr_groups": [{"name": "queries", "modules": ["q_proj"], "lr": 1e-3}],
+        "embedding_lr": 1e-3,
+        "layerwise_lr_decay": 0.9,
+        "weight_average": "ema",
+        "weight_average_decay": 0.9,
+        "weight_average_start": 1,
+        "jagged_restart_steps": 3,
+        "jagged_restart_warmup_steps": 1,
+        "jagged_restart_anneal_steps": 2,
+        "neftune_noise_alpha": 5.0,
+        "use_eaft": True,
+        "eaft_alpha": 0.5,
+        "eaft_k": 10,
+    },
+    "LoRA+": {
+        "max_steps": 3,
+        "adapter": "lora",
+        "lora_target_linear": True,
+        "lora_modules_to_save": ["lm_head"],
+        "loraplus_lr_ratio": 16.0,
+        "loraplus_lr_embedding": 1e-5,
+        "embedding_lr_scale": 0.5,
+    },
+    "a stream": {
+        "streaming": True,
+        "streaming_token_budget": 300,
+        "streaming_multipack_buffer_size": 5,
+    },
     "chosen weights": {
         "unfrozen_parameters": ["lm_head"],
         "max_steps": 1,
@@ -181,10 +239,13 @@ TOUR: dict[str, dict[str, Any]] = {
 """Whole runs that together set almost every key to something else than its default."""
 
 NOT_TOURED = {
+    "tensor_parallel_size", "context_parallel_size",  # of several processes
     "base_model", "datasets", "learning_rate", "output_dir", "dataset_prepared_path", "sequence_len", "sample_packing",
     "verify_saves",  # set in every run here
-    "lora_target_linear", "lora_model_dir", "test_datasets", "tokens", "resume_from_checkpoint",  # in other tests
+    "lora_target_parameters", "load_in_8bit", "lora_model_dir", "test_datasets", "tokens",
+    "resume_from_checkpoint", "epoch_tokens",  # in other tests
     "chat_template_kwargs", "chat_template_date",  # in the tests of templates
+    "processor_type", "image_size", "image_resize_algorithm",  # in the tests of rows with images
     "gguf_file", "chat_template_jinja", "tokenizer_config", "revision_of_model", "fp16", "tf32",  # files, hub, CUDA
     "use_wandb", "wandb_project", "wandb_entity", "wandb_name", "use_trackio", "trackio_project_name",
     "trackio_run_name", "use_mlflow", "mlflow_tracking_uri", "mlflow_experiment_name", "mlflow_run_name",  # trackers

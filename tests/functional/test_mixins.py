@@ -25,7 +25,7 @@ from eft.trainer.offloading import ActivationOffloadingMixin
 from eft.trainer.optimizer import OptimizerMixin
 from eft.trainer.packing import PackingMixin
 from eft.trainer.parallel import DistributedParallelMixin
-from eft.trainer.parts import TrainerParts
+from eft.trainer.parts import ParallelParts, TrainerParts
 from eft.trainer.rng import RngLoaderMixin
 from eft.trainer.scheduler import SchedulerMixin
 from eft.trainer.trainer import EftTrainer
@@ -190,7 +190,7 @@ class ParallelBuilder(HFCausalTrainerBuilder):
 
     def _parts(self, *args: Any) -> TrainerParts:
         parts = super()._parts(*args)
-        parts.parallel = {"project_dir": "from the parallel plan"}
+        parts.parallel = ParallelParts(arguments={"project_dir": "from the parallel plan"})
         parts.state_dict = gathered
         return parts
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from eft import run
+from eft import inputs, run
 from eft.config.load import config_from_mapping
 from eft.core.errors import CheckpointError, ConfigError, DataError
 from eft.runtime.checkpoint import verify_manifest
@@ -139,7 +139,7 @@ def test_evaluation_at_the_start_is_of_a_fresh_start(make_trainer: MakeTrainer, 
 
 
 def test_one_loss_that_is_not_finite_does_not_spoil_the_next(make_trainer: MakeTrainer) -> None:
-    trainer = make_trainer(ROWS, max_steps=4, save_strategy="no", max_grad_norm=0)
+    trainer = make_trainer(ROWS, max_steps=4, save_strategy="no", max_grad_norm=0, nonfinite_action="ignore")
     loss = trainer.parts.loss
     calls = iter(range(100))
 
@@ -202,9 +202,9 @@ def test_overwrite_does_not_delete_the_base_model(make_config: MakeConfig, tmp_p
     out = tmp_path / "out"
     config = make_config(max_steps=1, dataset_prepared_path=str(out / "prepared"))
     run.check_before_start(config, overwrite=False)
-    run.train(config, run.load_datasets(config))
-    inputs = {"base_model": str(out), "resume_from_checkpoint": str(out / "checkpoint-1")}
-    for key, value in inputs.items():
+    run.train(config, inputs.load_datasets(config))
+    keys = {"base_model": str(out), "resume_from_checkpoint": str(out / "checkpoint-1")}
+    for key, value in keys.items():
         with pytest.raises(ConfigError, match=f"{key} .*lies in output_dir"):
             run.check_before_start(rerun(config, **{key: value}), overwrite=True)
         with pytest.raises(ConfigError, match=f"{key} .*lies in output_dir"):

@@ -129,6 +129,7 @@ def test_a_whole_run_prints_what_it_does(make_config: MakeConfig, tmp_path: Path
 
 NEEDED: dict[str, dict[str, Any]] = {
     "cosine_with_min_lr": {"cosine_min_lr_ratio": 0.1},
+    "cosine_warmup_with_min_lr": {"cosine_min_lr_ratio": 0.1},
     "warmup_stable_decay": {"lr_scheduler_kwargs": {"num_decay_steps": 2}},
 }
 VARIANTS = [(name, NEEDED.get(name, {})) for name in get_args(SchedulerName)] + [
@@ -150,6 +151,18 @@ def test_learning_rates_are_the_closed_form(name: str, keys: dict[str, Any], mak
     assert list(logged(trainer, "learning_rate").values()) == expected
     assert max(expected) == 1e-2
     assert name == "constant" or len(set(expected)) > 1
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("name", get_args(SchedulerName))
+def test_accumulation_does_not_enter_the_schedule(name: str, accumulation: int, make_trainer: MakeTrainer) -> None:
+    keys = {"jagged_restart_steps": 3, "jagged_restart_warmup_steps": 1, **NEEDED.get(name, {})}
+    if name != "constant":
+        keys["warmup_steps"] = 2
+    trainer = make_trainer(
+        lr_scheduler=name, max_steps=5, save_strategy="no", gradient_accumulation_steps=accumulation, **keys
+    )
+    assert events_of(trainer).rates == learning_rates(trainer_config(trainer), 5)
 
 
 # ---- evaluations and saves -----------------------------------------------------------------------------------------

@@ -32,10 +32,10 @@ from eft.core.records import PromiseResult
 from eft.data.dataset_meta import DatasetMeta
 from eft.data.plan import Plan, StepPlan, build_plan
 from eft.data.store import as_token_dataset
+from eft.inputs import load_trainable_model
 from eft.models.attention import install_attention
 from eft.models.export import export_model
 from eft.models.verify_child import main as verify_child
-from eft.run import load_trainable_model
 from eft.trainer.trainer import EftTrainer
 from eft.verify.data import check_plan, check_store
 from eft.verify.exact import GradientGap, compare_gradients, exact_arithmetic
@@ -131,6 +131,24 @@ def write_config(tmp_path: Path, model_folder: Callable[[str], Path], prepared_p
     return write
 
 
+@pytest.mark.usefixtures("warm_child")
+def test_data_over_a_gate_are_found(write_config: Callable[..., Path], tmp_path: Path) -> None:
+    """A held-out row that training has, too; and prompts that a server would write otherwise."""
+    rows = _rows("chat_template")
+    rows[3]["messages"] = [{**turn, "content": turn["content"].upper()} for turn in rows[3]["messages"]]
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text("".join(json.dumps(row) + "\n" for row in rows[3:5]))
+    config = write_config("chat_template", test_datasets=[{"path": str(held_out), "type": "chat_template"}])
+    code, results = run_command(config, "datasets[0].chat_template=zephyr", "test_datasets[0].chat_template=zephyr")
+    assert code == 1
+    assert failed(results) == {"data gates"}
+    limits, template = [result for result in results if result["promise"] == "data gates"]
+    assert "leaks: eval: 1 of 2 held-out samples" in limits["detail"]
+    assert "chat_template.jsonl row 4: a row of eval has the same text" in limits["detail"]
+    assert "another template than the one that is saved with the model" in template["detail"]
+    assert limits["status"] == template["status"] == "fail"
+
+
 @pytest.fixture
 def warm_child(monkeypatch: pytest.MonkeyPatch) -> None:
     """The export is loaded in this process: a fresh one costs ten seconds of imports, and one test pays for it."""
@@ -169,7 +187,10 @@ def test_every_format_is_verified(kind: str, write_config: Callable[..., Path], 
     code, results = run_command(write_config(kind, **FORMATS[kind]))
     assert [result for result in results if result["status"] != "pass"] == []
     assert code == 0
-    assert {result["promise"] for result in results} == {"E1", "E2", "E4", "E5", "E6", "E7", "E8", "trained tensors"}
+    assert {result["promise"] for result in results} == {
+        *("E1", "E2", "E3", "E4", "E5", "E6", "E7", "E8"),
+        *("dtypes", "trained tensors", "data gates"),
+    }
     assert not (tmp_path / "out").exists(), "nothing is written into the user's output_dir"
 
 

@@ -1,7 +1,6 @@
 """Golden records: what became of one row, compact, with decoded text for the reviewer's eyes.
 
-After an intended change: `python -m tests.golden.records` rewrites all golden files; read their diff, and raise
-`MASKING_VERSION`.
+After an intended change: `python -m tests.golden.records` rewrites all golden files; read their diff.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def run(*args: str) -> int:
 
 def test_show_prints_yaml_that_loads_to_the_same_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "run.yaml"
-    path.write_text(MINIMAL + "load_in_8bit: false\n")
+    path.write_text(MINIMAL + "gptq: false\n")
     assert run("config", "show", str(path), "seed=7") == 0
     captured = capsys.readouterr()
     assert "seed: 7" in captured.out
@@ -104,9 +104,9 @@ def test_help_version_and_schema(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out)["title"] == "eft run"
 
 
-def test_docs_writes_both_pages(tmp_path: Path) -> None:
+def test_docs_writes_every_generated_page(tmp_path: Path) -> None:
     assert run("config", "docs", "--folder", str(tmp_path)) == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cli.md", "config.md"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cli.md", "config.md", "optimizers.md", "schedules.md"]
 
 
 def test_the_committed_page_is_the_generated_one() -> None:

@@ -148,8 +148,11 @@ def test_missing_unreadable_and_binary_files(tmp_path: Path) -> None:
         ("warmup_ratio: 5", "expected a number ≥ 0 and < 1"),
         ("weight_decay: .inf", "expected a number ≥ 0"),
         ("lr_scheduler: cosin", "did you mean `cosine`?"),
-        ("optimizer: adamw_bnb_8bit", "use `adamw_torch_fused`"),
-        ("adapter: qlora", "expected `lora`; use `lora`: the base stays unquantised"),
+        ("optimizer: adamw_hf", "use `adamw_torch_fused`"),
+        ("optimizer: galore_adamw", "`adamw_8bit` and `adamw_torch_4bit` keep as little, and resume exactly"),
+        ("lr_scheduler: greedy", "it follows the losses"),
+        ("lr_groups: [{name: q, modules: [q_proj]}]", "`lr_groups[0].lr` is missing"),
+        ("adapter: dora", "use `adapter: lora` and `peft_use_dora: true`"),
         ("attn_implementation: flex_attention", "leave the key out: `eft` runs"),
         ("chat_template: nemotron_h", "use `tokenizer_default`"),
         ("chat_template: chatlm", "did you mean `chatml`?"),
@@ -158,7 +161,7 @@ def test_missing_unreadable_and_binary_files(tmp_path: Path) -> None:
         ("revision_of_model: true", "expected text; put it in quotes if the word is meant"),
         ("tokens: x", "`tokens: x`: expected a list of texts"),
         ("special_tokens: {additional_special_tokens: [a]}", "list `additional_special_tokens` under `tokens`"),
-        ("load_in_4bit: true", "Axolotl has this key, eft has not: quantised training is not offered"),
+        ("gptq: true", "Axolotl has this key, eft has not: this quantisation is not offered"),
         ("comet_api_key: hunter2", "`comet_api_key: ***`"),
         ("mlflow_uri: https://me:secret@host", "https://***@host"),
     ],
@@ -198,7 +201,7 @@ def test_wrong_data_set_entries(tmp_path: Path, entry: str, expected: str) -> No
 def test_everything_wrong_is_said_at_once_and_nothing_twice(tmp_path: Path) -> None:
     message = error_of(
         tmp_path,
-        "lerning_rate: 2e-5\nadapter: qlora\nlora_r: 4\nwarmup_steps: 3\nwarmup_ratio: 0.1\nflash_attention: true\n"
+        "lerning_rate: 2e-5\nadapter: dora\nlora_r: 4\nwarmup_steps: 3\nwarmup_ratio: 0.1\nflash_attention: true\n"
         "datasets:\n  - {path: a, type: alpca}\n  - {type: alpaca}\n",
         "seed=-1",
         "foo",
@@ -223,10 +226,8 @@ def test_everything_wrong_is_said_at_once_and_nothing_twice(tmp_path: Path) -> N
 
 
 def test_axolotl_keys_that_ask_for_nothing_are_accepted(tmp_path: Path) -> None:
-    loaded = load(
-        tmp_path, MINIMAL + "    shards:\nflash_attention:\nload_in_4bit: false\nsample_packing_group_size: 100000\n"
-    )
-    assert loaded.accepted == ["flash_attention", "load_in_4bit", "sample_packing_group_size", "datasets[0].shards"]
+    loaded = load(tmp_path, MINIMAL + "    shards:\nflash_attention:\ngptq: false\nsample_packing_group_size: 100000\n")
+    assert loaded.accepted == ["flash_attention", "gptq", "sample_packing_group_size", "datasets[0].shards"]
     assert len(loaded.notes()) == 1
 
 

@@ -13,6 +13,16 @@ from eft.core.errors import ConfigError
 
 MAPPING: dict[str, Any] = {"base_model": "tiny", "learning_rate": 2e-5, "datasets": [{"path": "rows.jsonl"}]}
 HELD_OUT = {"val_set_size": 0.1}
+STREAM: dict[str, Any] = {"streaming": True, "max_steps": 5}
+IMAGES: dict[str, Any] = {
+    "processor_type": "AutoProcessor",
+    "datasets": [{"path": "rows.jsonl", "type": "chat_template"}],
+}
+
+FSDP: dict[str, Any] = {"fsdp_version": 2}
+PACKED: dict[str, Any] = {"sample_packing": True}
+LORA: dict[str, Any] = {"adapter": "lora", "lora_target_linear": True}
+QLORA: dict[str, Any] = {"adapter": "qlora", "load_in_4bit": True, "lora_target_linear": True}
 
 # Rule, keys that break it, the key the message is about, and keys that are right in its place.
 CASES: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
@@ -26,6 +36,47 @@ CASES: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
     ),
     ("jinja_needs_template_text", {"chat_template": "jinja"}, "chat_template", {"chat_template": "chatml"}),
     ("template_is_known", {"chat_template": "lama9"}, "chat_template", {"chat_template": "./own.jinja"}),
+    (
+        "shares_fit",
+        {"datasets": [{"path": "x", "token_share": 0.5}, {"path": "y", "token_share": 0.4}]},
+        "datasets",
+        {"datasets": [{"path": "x", "token_share": 0.5}, {"path": "y"}], "epoch_tokens": 1000},
+    ),
+    (
+        "shares_fit",
+        {"datasets": [{"path": "x", "token_share": 1.0}, {"path": "y"}]},
+        "datasets",
+        {"datasets": [{"path": "x", "token_share": 1.0}]},
+    ),
+    ("shares_fit", {"epoch_tokens": 9}, "epoch_tokens", {}),
+    (
+        "shares_are_of_training",
+        {"test_datasets": [{"path": "x", "max_rows": 3}]},
+        "test_datasets",
+        {"test_datasets": [{"path": "x"}]},
+    ),
+    (
+        "weight_or_share",
+        {"datasets": [{"path": "x", "token_share": 1.0, "weight": 2.0}]},
+        "weight",
+        {"datasets": [{"path": "x", "weight": 2.0}]},
+    ),
+    ("a_stream_has_a_length", {"streaming": True}, "streaming", STREAM),
+    ("a_stream_has_a_length", STREAM | {"streaming_token_budget": 9}, "max_steps", STREAM),
+    ("a_stream_has_no_epochs", STREAM | {"num_epochs": 2.0}, "num_epochs", STREAM),
+    ("a_stream_holds_nothing_out", STREAM | HELD_OUT, "val_set_size", STREAM | {"test_datasets": [{"path": "x"}]}),
+    ("a_stream_is_not_known_as_a_whole", STREAM | {"balance_buffer_steps": 4}, "balance_buffer_steps", STREAM),
+    (
+        "a_stream_is_not_known_as_a_whole",
+        STREAM | {"datasets": [{"path": "x", "max_rows": 3}]},
+        "datasets",
+        STREAM | {"datasets": [{"path": "x", "weight": 3.0}]},
+    ),
+    ("a_stream_is_not_known_as_a_whole", STREAM | {"dataloader_num_workers": 2}, "dataloader_num_workers", STREAM),
+    ("images_are_not_packed", IMAGES | {"sample_packing": True}, "sample_packing", IMAGES),
+    ("images_need_conversations", {"processor_type": "AutoProcessor"}, "processor_type", IMAGES),
+    ("what_images_do_not_go_with", IMAGES | STREAM, "streaming", IMAGES),
+    ("image_size_is_positive", IMAGES | {"image_size": [1, 2, 3]}, "image_size", IMAGES | {"image_size": [4, 5]}),
     ("shortest_below_longest", {"min_sample_len": 513}, "min_sample_len", {"min_sample_len": 512}),
     ("one_half_precision", {"bf16": True, "fp16": True}, "fp16", {"bf16": False, "fp16": True}),
     (
@@ -111,6 +162,30 @@ CASES: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
         {"special_tokens": {"pad": "x"}},
         "special_tokens",
         {"special_tokens": {"pad_token": "x"}},
+    ),
+    (
+        "one_embedding_rate",
+        {"embedding_lr": 1e-4, "embedding_lr_scale": 0.5},
+        "embedding_lr_scale",
+        {"embedding_lr_scale": 0.5},
+    ),
+    (
+        "one_average",
+        {"weight_average": "ema", "optimizer": "schedule_free_adamw"},
+        "weight_average",
+        {"weight_average": "ema"},
+    ),
+    (
+        "decay_belongs_to_ema",
+        {"weight_average": "mean", "weight_average_decay": 0.9},
+        "weight_average_decay",
+        {"weight_average": "ema", "weight_average_decay": 0.9},
+    ),
+    (
+        "restarts_leave_room",
+        {"jagged_restart_steps": 10},
+        "jagged_restart_steps",
+        {"jagged_restart_steps": 11},
     ),
     ("one_warmup_key", {"warmup_steps": 1, "warmup_ratio": 0.1}, "warmup_ratio", {"warmup_steps": 1}),
     ("one_save_interval", {"save_steps": 5, "saves_per_epoch": 2}, "saves_per_epoch", {"save_steps": 5}),
@@ -211,10 +286,92 @@ CASES: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
         {"datasets": [{"path": "x", "type": "chat_template", "chat_template_jinja": "x"}]},
     ),
     (
+        "updates_are_left_out_as_a_whole",
+        {"nonfinite_action": "skip", "optimizer_in_backward": True, "max_grad_norm": 0},
+        "nonfinite_action",
+        {"nonfinite_action": "rollback", "optimizer_in_backward": True, "max_grad_norm": 0},
+    ),
+    (
+        "rollback_needs_checkpoints",
+        {"loss_watchdog_threshold": 5, "loss_watchdog_action": "rollback", "save_strategy": "no"},
+        "loss_watchdog_action",
+        {"loss_watchdog_threshold": 5, "loss_watchdog_action": "rollback"},
+    ),
+    (
+        "loss_scaling_leaves_updates_out_itself",
+        {"nonfinite_action": "rollback", "fp16": True, "bf16": False},
+        "nonfinite_action",
+        {"nonfinite_action": "stop", "fp16": True, "bf16": False},
+    ),
+    (
         "prompt_keys_are_known",
         {"datasets": [{"path": "x", "type": {"fromat": "x"}}]},
         "type",
         {"datasets": [{"path": "x", "type": {"format": "x", "field_system": None}}]},
+    ),
+    ("one_width_of_the_base", {**QLORA, "load_in_8bit": True}, "load_in_8bit", QLORA),
+    ("quantised_base_needs_adapter", {"load_in_4bit": True}, "load_in_4bit", QLORA),
+    ("qlora_needs_four_bits", {**QLORA, "load_in_4bit": False}, "adapter", QLORA),
+    ("qlora_needs_four_bits", {**QLORA, "load_in_4bit": False, "load_in_8bit": True}, "adapter", QLORA),
+    (
+        "bnb_options_are_known",
+        {**QLORA, "bnb_config_kwargs": {"bnb_4bit_quant_typ": "nf4"}},
+        "bnb_config_kwargs",
+        {**QLORA, "bnb_config_kwargs": {"bnb_4bit_quant_type": "fp4"}},
+    ),
+    (
+        "bnb_options_are_known",
+        {**QLORA, "bnb_config_kwargs": {"llm_int8_threshold": 5.0}},
+        "bnb_config_kwargs",
+        {**QLORA, "bnb_config_kwargs": {"llm_int8_skip_modules": ["lm_head"]}},
+    ),
+    (
+        "start_of_factors_is_offered",
+        {**LORA, "peft_init_lora_weights": "eva"},
+        "peft_init_lora_weights",
+        {**LORA, "peft_init_lora_weights": "gaussian"},
+    ),
+    (
+        "start_of_factors_is_offered",
+        {**LORA, "peft_init_lora_weights": "gausian"},
+        "peft_init_lora_weights",
+        {**LORA, "peft_init_lora_weights": "orthogonal"},
+    ),
+    (
+        "other_methods_bring_their_own_config",
+        {"adapter": "peft"},
+        "adapter",
+        {"adapter": "peft", "peft": {"peft_type": "IA3"}},
+    ),
+    (
+        "other_methods_bring_their_own_config",
+        {"adapter": "peft", "peft": {"peft_type": "IA3"}, "lora_r": 4},
+        "lora_r",
+        {"adapter": "peft", "peft": {"peft_type": "IA3"}},
+    ),
+    (
+        "fsdp_options_are_known",
+        FSDP | {"fsdp_config": {"reshard_after": True}},
+        "fsdp_config",
+        FSDP | {"fsdp_config": {"reshard_after_forward": True}},
+    ),
+    (
+        "one_way_to_split_a_row",
+        PACKED | {"context_parallel_size": 2, "tensor_parallel_size": 2},
+        "context_parallel_size",
+        PACKED | {"context_parallel_size": 2},
+    ),
+    (
+        "tensor_parallelism_trains_whole_models",
+        LORA | {"tensor_parallel_size": 2},
+        "tensor_parallel_size",
+        {"tensor_parallel_size": 2},
+    ),
+    (
+        "context_parallelism_is_packed",
+        {"context_parallel_size": 2},
+        "context_parallel_size",
+        PACKED | {"context_parallel_size": 2},
     ),
 ]
 
@@ -259,7 +416,17 @@ def test_a_key_whose_switch_is_off_is_an_error(name: str, switch: str) -> None:
     assert switch in TrainConfig.model_fields
     named = get_args(TrainConfig.model_fields[name].annotation)
     changed = None
-    for value in (7, 0.5, True, "x", ["x"], {"x": "y"}, *(value for value in named[1:] if isinstance(value, str))):
+    for value in (
+        7,
+        0.5,
+        True,
+        "x",
+        ["x"],
+        [7],
+        {"x": "y"},
+        {"x": 7},
+        *(value for value in named[1:] if isinstance(value, str)),
+    ):
         try:
             changed = TrainConfig(**MAPPING | {name: value})
         except ValueError:

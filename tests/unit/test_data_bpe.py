@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Sequence
+import unicodedata
 from functools import cache
 from typing import Any
 
@@ -171,47 +171,40 @@ def test_the_adversarial_texts_hold_the_added_tokens() -> None:
     assert len(texts) > 8000
 
 
-def characters(offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    return [(int(first), int(last)) for first, last in offsets]
-
-
 @settings(max_examples=80, deadline=None)
-@given(texts=st.lists(TEXTS.filter(bool), min_size=1, max_size=3), data=st.data())
-def test_labels_and_offsets_are_those_of_the_tokenizer(texts: list[str], data: st.DataObject) -> None:
+@given(texts=st.lists(TEXTS, min_size=1, max_size=3), data=st.data())
+def test_labels_are_those_of_the_tokenizer(texts: list[str], data: st.DataObject) -> None:
     tokenizer = a_tokenizer()
     facts = TokenizerFacts(tokenizer)
     fast = FastTokenizer(tokenizer, _encoder("gpt2", False))
-    encoded = fast(texts, return_offsets_mapping=True, **PLAIN)
-    for text, ids, offsets in zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        assert "".join(text[first:last] for first, last in characters(offsets)[:1]) == text[: offsets[0][1]]
-        assert characters(offsets)[-1][1] == len(text)
-        assert len(ids) == len(offsets)
     spans: list[list[Span] | None] = []
     for text in texts:
         cuts = sorted(data.draw(st.sets(st.integers(0, len(text)), max_size=6)))
-        own = [Span(first, last) for first, last in zip(cuts[::2], cuts[1::2], strict=False)]
+        weight = data.draw(st.sampled_from([1.0, 1.0, 0.5]))
+        own = [Span(first, last, weight) for first, last in zip(cuts[::2], cuts[1::2], strict=False)]
         spans.append(own if data.draw(st.booleans()) else None)
     reference = tokenizer(texts, return_offsets_mapping=True, **PLAIN)
-    for text, ids, offsets, own, found in zip(
-        texts,
-        reference["input_ids"],
-        reference["offset_mapping"],
-        spans,
-        fast.labelled(texts, spans, facts.special_ids),
-        strict=True,
+    found = fast.labelled(texts, spans, facts)
+    for text, ids, offsets, own, sample in zip(
+        texts, reference["input_ids"], reference["offset_mapping"], spans, found, strict=True
     ):
-        if found is None:
-            continue  # left to the tokenizer: a special token's text or a character without a known class
+        assert sample is not None  # a byte-level vocabulary without a normaliser takes every text
         expected = labelled(ids, exact_offsets(ids, offsets, text, facts), own, facts)
-        np.testing.assert_array_equal(found[0], expected.input_ids)
-        np.testing.assert_array_equal(found[1], expected.labels)
+        np.testing.assert_array_equal(sample.input_ids, expected.input_ids)
+        np.testing.assert_array_equal(sample.labels, expected.labels)
+        assert (sample.weights is None) is (expected.weights is None)
+        if expected.weights is not None:
+            np.testing.assert_array_equal(sample.weights, expected.weights)
 
 
-def test_spans_with_weights_are_left_to_the_tokenizer() -> None:
-    fast = FastTokenizer(a_tokenizer(), _encoder("gpt2", False))
-    special = np.zeros(0, dtype=np.int64)
-    spans = [[Span(0, 1, 0.5)], [Span(2, 3), Span(0, 1)], [Span(0, 1), Span(2, 3)]]
-    assert [found is None for found in fast.labelled(["a b c"] * 3, spans, special)] == [True, True, False]
+@settings(max_examples=60, deadline=None)
+@given(texts=st.lists(TEXTS, min_size=1, max_size=4))
+def test_only_what_may_not_be_normal_is_left_to_a_tokenizer_that_normalises(texts: list[str]) -> None:
+    fast = FastTokenizer(a_tokenizer("gpt2", True), _encoder("gpt2", True))
+    for text, sample in zip(texts, fast.labelled(texts, [None] * len(texts), TokenizerFacts(fast)), strict=True):
+        is_normal = unicodedata.is_normalized("NFC", text)
+        is_known = all(unicodedata.category(sign) != "Cn" for sign in text)
+        assert (sample is not None) is (is_normal and is_known)
 
 
 def test_other_calls_go_to_the_tokenizer() -> None:
@@ -231,6 +224,6 @@ def test_blanks_that_the_tokenizer_leaves_out_of_its_offsets_are_where_they_are(
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, facts = encoded["input_ids"], TokenizerFacts(tokenizer)
     offsets = exact_offsets(ids, encoded["offset_mapping"], text, facts)
-    assert "".join(text[first:last] for first, last in characters(offsets)) == text
+    assert "".join(text[int(first) : int(last)] for first, last in offsets) == text
     sample = labelled(ids, offsets, [Span(0, len("the dog.\n\n"))], facts)
     assert sample.labels.tolist() == [*ids[:-1], -100]

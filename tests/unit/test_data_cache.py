@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+import re
 import shutil
 import time
 from pathlib import Path
@@ -12,9 +14,12 @@ from typing import Any
 import pytest
 
 from eft.config.data import DataConfig, DatasetConfig
+from eft.config.model import ModelConfig
 from eft.core.errors import DataError
-from eft.data import cache
+from eft.data import cache, masking_code
 from eft.data.prepare import prepare_datasets
+from eft.models import tokenizer as models_tokenizer
+from eft.models.tokenizer import load_tokenizer
 from tests.unit.test_data_prepare import byte_tokenizer, config, write_rows
 
 TOKENIZER = byte_tokenizer()
@@ -42,6 +47,9 @@ def rows() -> list[dict[str, Any]]:
             {
                 "messages": messages,
                 "turns": [turn("user", "other"), turn("assistant", f"turns {index}")],
+                "odd": [turn("user", "what is <eos>?"), turn("assistant", f"an end {index}")],
+                "text": f"plain {index}",
+                "rules": f"be {index}",
                 "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}],
                 "more_tools": [{"type": "function", "function": {"name": "g", "parameters": {}}}],
             }
@@ -51,21 +59,48 @@ def rows() -> list[dict[str, Any]]:
 
 NEW = "another store"
 SAME = "the same store"
+ERROR = "an error"
 
-ENTRY_OPTIONS: dict[str, list[tuple[Any, str]]] = {
-    "path": [],  # see the moved files below
+Case = tuple[Any, str] | tuple[Any, str, dict[str, Any]]
+"""A value, what comes of it beside the default, and the keys of both preparations."""
+
+PLAIN = "{% for message in messages %}{{ message.role + ': ' + message.content + '<eos>' }}{% endfor %}"
+THOUGHTS = (
+    "{% for message in messages %}{{ message.role + ': ' }}{% if message.thoughts %}{{ message.thoughts }}"
+    "{% elif message.reasoning_content %}{{ 'so: ' + message.reasoning_content }}{% endif %}"
+    "{{ message.content + '<eos>' }}{% endfor %}"
+)
+TAGGED = (
+    "{% for message in messages %}{{ message.role + ': ' }}{% generation %}{{ message.content }}{% endgeneration %}"
+    "{{ '<eos>' }}{% endfor %}"
+)
+DATED = "{{ strftime_now('%d %m %Y') }}" + PLAIN
+GREETED = "{{ greeting or '' }}" + PLAIN
+OWN: dict[str, Any] = {"field_tools": "none", "message_field_weight": "none"}
+"""For templates without tools."""
+
+
+def jinja(text: str, **entry: Any) -> dict[str, Any]:
+    return {"chat_template": "jinja", "chat_template_jinja": text, "entry": {**OWN, **entry}}
+
+
+OTHER_TURNS: dict[str, Any] = {"entry": {"field_messages": "turns"}}
+ODD: dict[str, Any] = {"entry": {"field_messages": "odd", "special_tokens_in_content": "escape"}}
+LONG: dict[str, Any] = {"sequence_len": 4096}
+REASONED: dict[str, Any] = {"chat_template": "qwen3", "entry": {**OWN, "split_thinking": True}}
+
+ENTRY_OPTIONS: dict[str, list[Case]] = {
     "ds_type": [("json", SAME)],
-    "data_files": [],
     "name": [("a name", SAME)],
     "revision": [("main", SAME)],
     "split": [("train[:3]", NEW)],
-    "type": [],
+    "type": [("completion", NEW, {"chat_template": "tokenizer_default", "entry": OWN}), ("alpaca", ERROR)],
     "field_messages": [("turns", NEW)],
-    "message_property_mappings": [({"content": "motive"}, "an error")],
+    "message_property_mappings": [({"content": "motive"}, ERROR)],
     "roles": [({"assistant": ["user"]}, NEW)],
     "field_tools": [("more_tools", NEW)],
     "field_thinking": [("motive", NEW)],
-    "template_thinking_key": [],
+    "template_thinking_key": [("thoughts", NEW, jinja(THOUGHTS, field_thinking="motive"))],
     "split_thinking": [(True, NEW)],
     "drop_system_message": [(True, NEW)],
     "message_field_training": [("skip", NEW)],
@@ -73,51 +108,65 @@ ENTRY_OPTIONS: dict[str, list[tuple[Any, str]]] = {
     "message_field_weight": [("heavy", NEW)],
     "roles_to_train": [(["user"], NEW)],
     "turns_to_train": [("last", NEW)],
-    "train_on_eos": [("none", NEW), ("last", NEW)],
-    "train_on_eot": [("turn", SAME)],
-    "chat_template": [],
-    "chat_template_jinja": [],
-    "rewritten_history": [],
-    "special_tokens_in_content": [],
+    "train_on_eos": [("none", NEW), ("last", NEW), ("all", NEW)],
+    "train_on_eot": [("turn", SAME), ("none", NEW, jinja(PLAIN))],
+    "chat_template": [("chatml", SAME), ("qwen3", NEW, LONG)],
+    "chat_template_jinja": [(PLAIN, SAME, jinja(PLAIN)), ("so " + PLAIN, NEW, jinja(PLAIN))],
+    "rewritten_history": [("raise", ERROR, REASONED)],
+    "special_tokens_in_content": [("keep", NEW, ODD), ("error", ERROR, ODD)],
     "field": [("other", SAME)],
-    "field_system": [],
+    "field_system": [("rules", NEW, OTHER_TURNS)],
     "field_instruction": [("other", SAME)],
     "field_input": [("other", SAME)],
     "field_output": [("other", SAME)],
     "field_segments": [("other", SAME)],
     "train_on_inputs": [(True, NEW), (False, SAME)],
+    "generation_tags": [("ignore", NEW, jinja(TAGGED))],
+    "weight": [(2.0, SAME)],
+    "token_share": [(1.0, SAME)],
+    "max_rows": [(3, SAME)],
+    "max_tokens": [(1000, SAME)],
 }
-GLOBAL_OPTIONS: dict[str, list[tuple[Any, str]]] = {
-    "datasets": [],
-    "test_datasets": [],
+GLOBAL_OPTIONS: dict[str, list[Case]] = {
     "val_set_size": [(2.0, SAME)],
-    "chat_template": [],
-    "chat_template_jinja": [],
-    "chat_template_kwargs": [],
-    "chat_template_date": [],
-    "eot_tokens": [],
+    "chat_template": [("qwen3", NEW, LONG)],
+    "chat_template_jinja": [("so " + PLAIN, NEW, jinja(PLAIN))],
+    "chat_template_kwargs": [({"greeting": "hello"}, NEW, jinja(GREETED)), ({}, SAME, jinja(GREETED))],
+    "chat_template_date": [
+        ("2026-02-01", NEW, {**jinja(DATED), "chat_template_date": "2026-01-02"}),
+        ("2026-01-02", SAME, {**jinja(DATED), "chat_template_date": "2026-01-02"}),
+    ],
+    "eot_tokens": [(["<|im_start|>"], NEW, jinja(PLAIN))],
     "train_on_inputs": [(True, NEW)],
     "sequence_len": [(4096, SAME), (379, SAME), (350, NEW)],
     "excess_length_strategy": [("truncate", SAME), ("raise", SAME)],
     "min_sample_len": [(329, SAME), (340, NEW)],
     "malformed_rows": [("drop", SAME)],
-    "dataset_prepared_path": [],
     "dataset_processes": [(1, SAME)],
     "shuffle_merged_datasets": [(False, SAME)],
     "dataset_exact_deduplication": [(True, SAME)],
     "seed": [(7, SAME)],
+    "epoch_tokens": [(1000, SAME)],
+    "data_gates": [("warn", SAME)],
+    "data_gate_limits": [({"duplicates": 0.5}, SAME)],
+    "data_gate_conversations": [(7, SAME)],
 }
-"""Options without a value here are those that a test below turns, or that this tokenizer and template cannot show."""
+PLACES = {"path", "data_files", "datasets", "test_datasets", "dataset_prepared_path"}
+"""Where rows and stores are: see the tests of moved files below."""
 
 CASES = [
-    *(("entry", name, value, outcome) for name, cases in ENTRY_OPTIONS.items() for value, outcome in cases),
-    *(("global", name, value, outcome) for name, cases in GLOBAL_OPTIONS.items() for value, outcome in cases),
+    pytest.param(place, name, *case[:2], (*case, {})[2], id=f"{place} {name} {str(case[0])[:20]}")
+    for place, options in (("entry", ENTRY_OPTIONS), ("global", GLOBAL_OPTIONS))
+    for name, cases in options.items()
+    for case in cases
 ]
 
 
 def test_the_table_has_every_option() -> None:
-    assert set(ENTRY_OPTIONS) == set(DatasetConfig.model_fields)
-    assert set(GLOBAL_OPTIONS) == set(DataConfig.model_fields)
+    """A new key has to be put into it, with a value that shows whether it decides an id, label or weight."""
+    assert set(ENTRY_OPTIONS) | PLACES >= set(DatasetConfig.model_fields) >= set(ENTRY_OPTIONS)
+    assert set(GLOBAL_OPTIONS) | PLACES >= set(DataConfig.model_fields) >= set(GLOBAL_OPTIONS)
+    assert all(cases for cases in (*ENTRY_OPTIONS.values(), *GLOBAL_OPTIONS.values()))
 
 
 def changed(path: str, place: str, name: str, value: Any, **keys: Any) -> DataConfig:
@@ -136,15 +185,15 @@ def content(path: str, cfg: DataConfig, location: Path) -> tuple[str, bool]:
     return store.fingerprint, ": reused " in prepared.cache_note
 
 
-@pytest.mark.parametrize(("place", "name", "value", "outcome"), CASES, ids=lambda value: str(value)[:30])
+@pytest.mark.parametrize(("place", "name", "value", "outcome", "keys"), CASES)
 def test_an_option_makes_a_new_store_exactly_where_it_changes_one(
-    tmp_path: Path, place: str, name: str, value: Any, outcome: str
+    tmp_path: Path, place: str, name: str, value: Any, outcome: str, keys: dict[str, Any]
 ) -> None:
     path = write_rows(tmp_path / "rows.jsonl", rows())
-    base, _ = content(path, changed(path, "", "", None), tmp_path / "a")
-    cfg = changed(path, place, name, value)
-    if outcome == "an error":
-        with pytest.raises(DataError, match="motive"):
+    base, _ = content(path, changed(path, "", "", None, **keys), tmp_path / "a")
+    cfg = changed(path, place, name, value, **keys)
+    if outcome == ERROR:
+        with pytest.raises(DataError, match="row 1"):
             content(path, cfg, tmp_path / "a")
         return
     fingerprint, reused = content(path, cfg, tmp_path / "a")
@@ -153,6 +202,95 @@ def test_an_option_makes_a_new_store_exactly_where_it_changes_one(
     assert fingerprint == alone
     assert (alone != base) is (outcome == NEW)
     assert reused is (outcome == SAME)
+
+
+MODEL_OPTIONS: dict[str, list[tuple[Any, str]]] = {
+    "special_tokens": [
+        ({"pad_token": "<|im_end|>"}, SAME),  # padding is no part of a row
+        ({"eos_token": "<eos>"}, NEW),
+        ({"bos_token": "<|new|>"}, NEW),
+    ],
+    "tokens": [(["answer"], NEW)],
+}
+TOKENIZER_PLACES = {"base_model", "gguf_file", "revision_of_model", "trust_remote_code", "tokenizer_config"}
+"""Where the tokenizer comes from: what it is counts, see the copied tokenizer below."""
+NOT_OF_THE_TOKENIZER = {
+    "resize_token_embeddings_to_32x",
+    "attn_implementation",
+    "load_in_4bit",
+    "load_in_8bit",
+    "processor_type",  # rows with images have no store
+    "bnb_config_kwargs",
+}
+
+
+def test_every_key_of_the_model_is_known_to_change_the_tokenizer_or_not() -> None:
+    """What prepares data gets the tokenizer and the section of the data, and nothing else of the config."""
+    known = {*MODEL_OPTIONS, *TOKENIZER_PLACES, *NOT_OF_THE_TOKENIZER}
+    assert known == set(ModelConfig.model_fields)
+    loader = inspect.getsource(load_tokenizer) + inspect.getsource(models_tokenizer._load_plain)
+    assert set(re.findall(r"cfg\.(\w+)", loader)) == set(MODEL_OPTIONS) | TOKENIZER_PLACES
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "outcome"),
+    [(name, *case) for name, cases in MODEL_OPTIONS.items() for case in cases],
+    ids=lambda value: str(value)[:30],
+)
+def test_a_tokenizer_option_makes_a_new_store_where_it_may_change_an_id(
+    tmp_path: Path, name: str, value: Any, outcome: str
+) -> None:
+    TOKENIZER.save_pretrained(tmp_path / "model")
+    shutil.copytree(tmp_path / "model", tmp_path / "copy")
+    cfg = changed(write_rows(tmp_path / "rows.jsonl", rows()), "", "", None)
+    prepare_datasets(cfg, load_tokenizer(ModelConfig(base_model=str(tmp_path / "model"))))
+    copied = load_tokenizer(ModelConfig(base_model=str(tmp_path / "copy")))
+    assert ": reused " in prepare_datasets(cfg, copied).cache_note
+    other = load_tokenizer(ModelConfig.model_validate({"base_model": str(tmp_path / "copy"), name: value}))
+    assert (": reused " in prepare_datasets(cfg, other).cache_note) is (outcome == SAME)
+
+
+def test_another_token_that_the_template_writes_counts(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", rows())
+    cfg = changed(path, "", "", None, **jinja("{{ pad_token }}" + PLAIN))
+    first = prepare_datasets(cfg, TOKENIZER)
+    other = byte_tokenizer()
+    other.pad_token = "<|im_start|>"
+    second = prepare_datasets(cfg, other)
+    assert "(tokenizer changed)" in second.cache_note
+    assert first.train.fingerprint != second.train.fingerprint
+
+
+def test_the_masking_code_is_all_that_lies_between_the_rows_and_a_store() -> None:
+    """What these modules import of this room has a say, or is named here with the reason why not."""
+    without_say = {
+        "ledger": "counts",
+        "sample_set": "reads what is there, and what it digests is in the store's version",
+    }
+    root = Path(masking_code.__file__).parent
+    found, left = set(), ["block_encoder", "sources", "bpe"]
+    while left:
+        name = left.pop()
+        found.add(name)
+        path = root / name.replace(".", "/")
+        source = (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text(encoding="utf-8")
+        imported = re.findall(r"^\s*from eft\.data\.([\w.]+) import", source, re.MULTILINE)
+        imported += re.findall(r"^\s*from eft\.data import (\w+)", source, re.MULTILINE)
+        left += sorted(set(imported) - found - set(without_say))
+    assert set(masking_code.DECIDING) == found
+
+
+def test_the_masking_code_changes_with_its_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Path(masking_code.__file__).parent
+    shutil.copytree(root, tmp_path / "data")
+    monkeypatch.setattr(masking_code.resources, "files", lambda package: tmp_path / "data")
+    digests = set()
+    for name in ("", "masks.py", "formats/chat.py", "formats/__init__.py", "bpe_merges.py"):
+        if name:
+            with (tmp_path / "data" / name).open("a") as file:
+                file.write("\nX = 1\n")
+        digests.add(masking_code.masking_code.__wrapped__())
+    assert len(digests) == 5
 
 
 @pytest.mark.parametrize(

@@ -395,7 +395,12 @@ def test_which_formats_need_a_chat_template() -> None:
 def test_each_key_of_a_format_is_read_by_it_and_no_other() -> None:
     """A key that a format does not read is an error of the config, and no part of what a prepared store depends on."""
     masks = {"roles_to_train", "turns_to_train", "train_on_eos", "train_on_eot", "rewritten_history"}
-    masks |= {"chat_template", "chat_template_jinja", "special_tokens_in_content"}  # read when rows are tokenised
+    masks |= {
+        "generation_tags",
+        "chat_template",
+        "chat_template_jinja",
+        "special_tokens_in_content",
+    }  # read when rows are tokenised
     for name in get_args(FORMAT_NAMES):
         spec = DatasetConfig(path="data.jsonl", type=name)
         spec.forget_reads()

@@ -20,6 +20,7 @@ from eft.data.mixture import (
     random_order,
 )
 from eft.data.sample_set import Digests
+from eft.data.shares import SourceShare
 
 
 def digests(values: list[int]) -> Digests:
@@ -157,3 +158,93 @@ def test_masks() -> None:
     assert first_of_each(values).tolist() == [True, True, False, True, False]
     assert equal_to_any(values, digests([1, 0])).tolist() == [False, True, False, False, True]
     assert equal_to_any(values, digests([])).tolist() == [False] * 5
+
+
+# ---- shares ----
+
+SOURCES = st.lists(st.lists(st.integers(1, 60), min_size=1, max_size=25), min_size=1, max_size=4)
+
+
+def mixed_with_shares(sources: list[list[int]], shares: list[SourceShare], **options: Any) -> Mixture:
+    lengths = np.array([length for source in sources for length in source], dtype=np.int32)
+    sizes = [len(source) for source in sources]
+    return mixed(list(range(len(lengths))), lengths=lengths, sizes=sizes, shares=shares, **options)
+
+
+def tokens_of(mixture: Mixture, sources: list[list[int]]) -> list[int]:
+    lengths = np.array([length for source in sources for length in source])
+    starts = np.cumsum([0, *map(len, sources)])
+    owner = np.searchsorted(starts, mixture.train, side="right") - 1
+    return [int(lengths[mixture.train[owner == number]].sum()) for number in range(len(sources))]
+
+
+@given(sources=SOURCES, parts=st.lists(st.integers(1, 9), min_size=4, max_size=4), free=st.booleans(), data=st.data())
+def test_shares_of_the_tokens_are_within_one_sample(
+    sources: list[list[int]], parts: list[int], free: bool, data: st.DataObject
+) -> None:
+    parts = parts[: len(sources)]
+    whole = sum(parts) + free
+    asked = [part / whole for part in parts]
+    shares = [SourceShare(token_share=share) for share in asked]
+    if free:
+        sources = [*sources, [5, 7, 9]]
+        asked, shares = [*asked, 1 / whole], [*shares, SourceShare(weight=3.0)]
+    total = data.draw(st.one_of(st.none(), st.integers(50, 3000)))
+    mixture = mixed_with_shares(sources, shares, epoch_tokens=total, seed=data.draw(st.integers(0, 99)))
+    wanted = total if total is not None else sum(map(sum, sources))
+    for source, share, found in zip(sources, asked, tokens_of(mixture, sources), strict=True):
+        assert abs(found - share * wanted) <= max(source)
+
+
+@given(sources=SOURCES, weights=st.lists(st.integers(1, 40), min_size=4, max_size=4), seed=st.integers(0, 99))
+def test_weights_repeat_and_leave_out(sources: list[list[int]], weights: list[int], seed: int) -> None:
+    shares = [SourceShare(weight=weight / 8) for weight in weights[: len(sources)]]
+    try:
+        mixture = mixed_with_shares(sources, shares, seed=seed)
+    except DataError:
+        return  # a tenth of one sample is none
+    times = np.bincount(mixture.train, minlength=sum(map(len, sources)))
+    start = 0
+    for source, share in zip(sources, shares, strict=True):
+        mine = times[start : start + len(source)]
+        assert abs(mine.sum() - share.weight * len(source)) <= 1
+        assert int(mine.max()) - int(mine.min()) <= 1
+        start += len(source)
+    assert sorted(np.concatenate([np.unique(mixture.train), mixture.not_drawn]).tolist()) == list(range(start))
+    again = mixed_with_shares(sources, shares, seed=seed)
+    assert np.array_equal(mixture.train, again.train)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 30), min_size=1, max_size=40),
+    max_rows=st.integers(1, 45),
+    max_tokens=st.integers(30, 600),
+)
+def test_caps_keep_whole_rows(lengths: list[int], max_rows: int, max_tokens: int) -> None:
+    """Two samples a row."""
+    rows = [index // 2 for index in range(len(lengths))]
+    share = SourceShare(max_rows=max_rows, max_tokens=max_tokens)
+    try:
+        mixture = mixed_with_shares([lengths], [share], rows=rows, keys=rows)
+    except DataError:
+        return  # the first row alone is over the cap
+    kept = {rows[index] for index in mixture.train}
+    assert sorted(mixture.train.tolist()) == [index for index in range(len(lengths)) if rows[index] in kept]
+    assert len(kept) <= max_rows
+    tokens = sum(lengths[index] for index in mixture.train)
+    assert tokens <= max_tokens
+    assert sorted([*mixture.train.tolist(), *mixture.over_cap.tolist()]) == list(range(len(lengths)))
+    alone = mixed_with_shares([lengths], [SourceShare(max_rows=max_rows)], rows=rows, keys=rows)
+    assert len({rows[index] for index in alone.train}) == min(max_rows, len(set(rows)))
+
+
+def test_rows_that_are_added_hardly_change_what_is_drawn() -> None:
+    few = mixed_with_shares([[3] * 400], [SourceShare(weight=0.5)])
+    more = mixed_with_shares([[3] * 420], [SourceShare(weight=0.5)])
+    assert len(set(few.train.tolist()) & set(more.train.tolist())) >= 180
+
+
+def test_nothing_asked_changes_nothing() -> None:
+    plain = mixed(list(range(30)))
+    asked = mixed_with_shares([[3] * 10, [4] * 20], [SourceShare(), SourceShare()])
+    assert np.array_equal(plain.train, asked.train)

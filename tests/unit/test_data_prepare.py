@@ -5,8 +5,12 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
+import shutil
 import signal
+import sys
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -21,7 +25,7 @@ from transformers import PreTrainedTokenizerFast
 from eft.config.data import DataConfig
 from eft.core.errors import ConfigError, DataError
 from eft.core.records import TokenDataset
-from eft.data import cache, prepare, readers, store_writer, tokenize
+from eft.data import cache, entry, prepare, readers, store_writer, tokenize
 from eft.data.prepare import PreparedData, prepare_datasets, prepared_location
 
 CHATML = (
@@ -176,8 +180,10 @@ def test_rows_tokenizer_and_masking_code_make_a_new_store(
     with Path(path).open("a") as file:
         file.write(json.dumps(chat("new", "row")) + "\n")
     assert "(rows changed)" in prepare_datasets(cfg, tokenizer).cache_note
-    monkeypatch.setattr(prepare, "MASKING_VERSION", -1)
-    assert "masking version" in prepare_datasets(cfg, tokenizer).cache_note
+    monkeypatch.setattr(prepare, "masking_code", lambda: "other code")
+    assert "(masking code changed)" in prepare_datasets(cfg, tokenizer).cache_note
+    monkeypatch.setattr(prepare, "libraries", lambda: "tokenizers 0.0.1")
+    assert "libraries " in prepare_datasets(cfg, tokenizer).cache_note
 
 
 def test_the_code_of_a_users_function_is_part_of_the_key(
@@ -460,6 +466,89 @@ def test_kill_minus_nine_and_again_gives_the_same_bytes(
     assert files_of(location) == files_of(tmp_path / "other")
 
 
+def run_child(cfg: DataConfig, tokenizer: Any, killed_after_s: float | None = None, at_event: int = 0) -> int:
+    """Prepare in a child that kills itself before its `at_event`-th change of a file, or is killed after some time; the
+    number of changes where it came to its end, -1 where it did not."""
+    location = str(prepared_location(cfg))
+    child = os.fork()
+    if child == 0:
+        seen = 0
+
+        def watch(event: str, arguments: tuple[Any, ...]) -> None:
+            nonlocal seen
+            if event in CHANGES and str(arguments[0]).startswith(location):
+                seen += 1
+                if seen == at_event:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(watch)
+        prepare_datasets(cfg, tokenizer)
+        os._exit(seen)
+    if killed_after_s is not None:
+        time.sleep(killed_after_s)
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    return os.WEXITSTATUS(status) if os.WIFEXITED(status) else -1
+
+
+CHANGES = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree")
+
+
+def require_whole_stores(location: Path, expected: dict[str, bytes]) -> None:
+    """Whatever another process can find there is finished."""
+    for folder in location.glob("[!.]*"):
+        assert {file.name: file.read_bytes() for file in folder.iterdir()} == expected
+
+
+def small_and_prepared(
+    tmp_path: Path, tokenizer: Any, patch: pytest.MonkeyPatch
+) -> tuple[DataConfig, dict[str, bytes]]:
+    """A config whose data make four shards, and the files of their store."""
+    patch.setattr(readers, "BLOCK_BYTES", 1 << 10)
+    patch.setattr(store_writer, "SHARD_BLOCKS", 3)
+    cfg = config(ids_file(tmp_path / "ids.jsonl", [5] * 150), malformed_rows="drop")
+    prepare_datasets(cfg.model_copy(update={"dataset_prepared_path": str(tmp_path / "other")}), tokenizer)
+    return cfg, files_of(tmp_path / "other")
+
+
+def test_killed_before_a_change_of_a_file_and_again_gives_the_same_bytes(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed just before a file is opened, renamed or removed: before each of the last ones, the rename of the store
+    among them, and before some of those in which its shards are written."""
+    cfg, expected = small_and_prepared(tmp_path, tokenizer, monkeypatch)
+    location = tmp_path / "cache"
+    count = run_child(cfg, tokenizer)
+    assert 60 < count < 200
+    shutil.rmtree(location)
+    early = np.random.default_rng(0).choice(np.arange(3, count - 18), 8, replace=False).tolist()
+    resumed = Counter[bool]()
+    for event in (*early, *range(count - 18, count + 1)):
+        assert run_child(cfg, tokenizer, at_event=event) == -1
+        require_whole_stores(location, expected)
+        note = prepare_datasets(cfg, tokenizer).cache_note
+        resumed["went on after" in note] += 1
+        assert files_of(location) == expected, event
+        assert not list(location.glob(".partial-*")), event
+        shutil.rmtree(location)
+    assert min(resumed[False], resumed[True]) > 2
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_killed_at_any_time_and_again_gives_the_same_bytes(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    cfg, expected = small_and_prepared(tmp_path, tokenizer, monkeypatch)
+    start = time.monotonic()
+    prepare_datasets(cfg.model_copy(update={"dataset_prepared_path": str(tmp_path / "timed")}), tokenizer)
+    usual = time.monotonic() - start
+    for share in np.random.default_rng(seed).uniform(0, 1.2, 3):
+        run_child(cfg, tokenizer, killed_after_s=share * usual)  # one after the other, on what is left
+        require_whole_stores(tmp_path / "cache", expected)
+    prepare_datasets(cfg, tokenizer)
+    assert files_of(tmp_path / "cache") == expected
+
+
 def test_two_at_the_same_time_do_the_work_once(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = config(ids_file(tmp_path / "ids.jsonl", [5, 6, 7]))
     calls: list[int] = []
@@ -475,7 +564,7 @@ def test_two_at_the_same_time_do_the_work_once(tmp_path: Path, tokenizer: Any, m
     monkeypatch.setattr(tokenize.ExampleEncoder, "__call__", slow)
     found: list[PreparedData] = []
 
-    def progress(what: str, done: int, total: int | None) -> None:
+    def progress(what: str, done: int, total: int | None, speed: str) -> None:
         if "another process" in what:
             waiting.set()
 
@@ -530,15 +619,17 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, tokenizer: Any) -> None
 
 def test_progress_is_reported(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readers, "BLOCK_BYTES", 1 << 14)
-    reports: list[tuple[str, int, int | None]] = []
+    monkeypatch.setattr(entry, "_SPEED_SHOWN_AFTER_S", 0.0)
+    reports: list[tuple[str, int, int | None, str]] = []
     path = ids_file(tmp_path / "ids.jsonl", [5] * 1100)
     prepare_datasets(config(path), tokenizer, progress=lambda *report: reports.append(report))
-    done = [done for _, done, _ in reports]
+    done = [done for _, done, _, _ in reports]
     assert len(done) > 2
     assert done == sorted(done)
     assert done[-1] == 1100
-    assert reports[0][0] == path
-    assert np.all([total == 1100 for _, _, total in reports])
+    assert {what for what, _, _, _ in reports} == {path}
+    assert {total for _, _, total, _ in reports} == {1100}
+    assert all(re.fullmatch(r"[\d,]+ rows/s, [\d,]+ tokens/s, \d:\d\d:\d\d left", speed) for *_, speed in reports[1:])
 
 
 def test_text_formats_keep_their_store_when_only_the_chat_template_changes(tmp_path: Path) -> None:

@@ -7,10 +7,12 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from eft.core.errors import DataError
@@ -106,7 +108,7 @@ def test_a_worker_that_dies_is_told_and_what_is_finished_is_kept(
     def kill_one(*report: Any) -> None:
         reports.append(1)
         if len(reports) == 6:
-            os.kill(started[0].pid, signal.SIGKILL)
+            os.kill(started[0].pid, signal.SIGKILL)  # as the kernel does when memory is full
 
     with pytest.raises(DataError, match="ended by signal 9 .*fewer `dataset_processes`.*what it finished is kept"):
         prepare_datasets(cfg, TOKENIZER, progress=kill_one)
@@ -116,10 +118,38 @@ def test_a_worker_that_dies_is_told_and_what_is_finished_is_kept(
     assert "; went on after " in prepared.cache_note
 
 
+def test_workers_end_in_silence_when_the_main_process_is_killed(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = rows_file(tmp_path / "chats.jsonl", 3000)
+    cfg = config(path, type="chat_template", malformed_rows="drop", dataset_processes=2)
+    reports: list[int] = []
+
+    def kill(*report: Any) -> None:
+        reports.append(1)
+        if len(reports) == 3:
+            workers = [process.pid for process in psutil.Process().children()]
+            (tmp_path / "workers").write_text(json.dumps(workers))
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    child = os.fork()
+    if child == 0:
+        prepare_datasets(cfg, TOKENIZER, progress=kill)
+        os._exit(1)
+    os.waitpid(child, 0)
+    pids = json.loads((tmp_path / "workers").read_text())
+    assert len(pids) == 2
+    deadline = time.monotonic() + 20
+    while any(map(psutil.pid_exists, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(psutil.pid_exists, pids))
+    assert capfd.readouterr().err == ""
+
+
 def test_workers_end_with_their_reader(tmp_path: Path) -> None:
     cfg = config(rows_file(tmp_path / "chats.jsonl"), type="chat_template", malformed_rows="drop")
     spec = cfg.datasets[0]
-    job = Job(spec, cfg, TOKENIZER, prepare._template_of(spec, cfg, TOKENIZER))
+    job = Job(spec, cfg, TOKENIZER, prepare.template_for(spec, cfg, TOKENIZER))
     encoded = encode_in_workers(job, readers.READERS["json"](Path(spec.path)), 2)
     assert len(next(encoded).rows) > 0
     encoded.close()  # type: ignore[attr-defined]  # a generator
@@ -135,7 +165,10 @@ def test_a_small_data_set_is_done_by_one_process(tmp_path: Path, monkeypatch: py
     job = Job(cfg.datasets[0], cfg, TOKENIZER, None)
     assert speed.num_processes(job) == 1
     monkeypatch.setattr(speed, "PARALLEL_FROM_BYTES", 1000)
-    assert speed.num_processes(job) == len(os.sched_getaffinity(0))
+    cores = len(os.sched_getaffinity(0))
+    assert speed.num_processes(job) == min(cores, speed.MOST_PROCESSES)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
+    assert speed.num_processes(job) == speed.MOST_PROCESSES
 
 
 def test_a_large_one_goes_through_the_fast_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,9 +200,9 @@ def test_a_fast_encoder_that_differs_on_the_rows_is_not_used(tmp_path: Path, mon
 
     def wrong(*arguments: Any) -> Any:
         found = label(*arguments)
-        for pair in found:
-            if pair is not None:
-                pair[1][-1] = pair[0][-1]
+        for sample in found:
+            if sample is not None:
+                sample.labels[-1] = sample.input_ids[-1]
         return found
 
     monkeypatch.setattr(speed.FastTokenizer, "labelled", wrong)

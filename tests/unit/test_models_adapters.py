@@ -31,7 +31,7 @@ IDS = torch.arange(12)[None] + 5
 
 
 def _lora(**keys: Any) -> AdapterConfig:
-    return AdapterConfig(adapter="lora", **{"lora_target_modules": ["q_proj", "v_proj"], **keys})
+    return AdapterConfig(**{"adapter": "lora", "lora_target_modules": ["q_proj", "v_proj"], **keys})
 
 
 def _trained(model: torch.nn.Module) -> dict[str, Tensor]:
@@ -284,3 +284,87 @@ def test_gradients_flow_through_checkpointing_over_frozen_embeddings(use_reentra
 
 def test_gradient_flow_is_left_alone_when_embeddings_train() -> None:
     assert not enable_gradient_flow(tiny_model("llama"), use_reentrant=True)
+
+
+def test_patterns_layers_and_exclusions_reach_peft() -> None:
+    keys: dict[str, Any] = {
+        "lora_target_modules": ["q_proj", "up_proj", "down_proj"],
+        "lora_exclude_modules": ["down_proj"],
+        "lora_rank_pattern": {"q_proj": 3},
+        "lora_alpha_pattern": {"layers.1.mlp.up_proj": 5},
+        "peft_layers_to_transform": [1],
+        "lora_r": 2,
+    }
+    model = apply_adapter(tiny_model("llama"), _lora(**keys), seed=1)
+    ranks = {name.split(".lora_A")[0]: w.shape[0] for name, w in _trained(model).items() if "lora_A" in name}
+    prefix = "base_model.model.model.layers.1."
+    assert ranks == {f"{prefix}self_attn.q_proj": 3, f"{prefix}mlp.up_proj": 2}
+    assert model.get_base_model().model.layers[1].mlp.up_proj.scaling["default"] == 2.5
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"lora_exclude_modules": ["q_prj"]}, "lora_exclude_modules: 'q_prj' matches no module; did you mean 'q_proj'"),
+        ({"lora_rank_pattern": {"up_prj": 3}}, "lora_rank_pattern: 'up_prj' matches no module; did you mean 'up_proj'"),
+        ({"lora_target_parameters": ["mlp.expert.up"]}, "lora_target_parameters: 'mlp.expert.up' ends no parameter"),
+        ({"peft_layers_to_transform": 2}, r"peft_layers_to_transform: 2, but the model has layers 0 to 1"),
+        ({"peft_trainable_token_indices": [VOCAB_SIZE]}, "but the embedding has rows 0 to 127"),
+        ({"peft_trainable_token_indices": "new"}, "`new`, but the config adds no tokens"),
+        ({"peft": {"lora_biass": True}}, "LoraConfig has no option 'lora_biass'; did you mean 'lora_bias'"),
+        ({"peft": {"use_dora": True}}, "`use_dora` has a key of its own; write `peft_use_dora`"),
+        ({"adapter": "peft", "peft": {"peft_type": "IA4"}}, "'IA4' is no peft_type; did you mean IA3"),
+        ({"adapter": "peft", "peft": {"peft_type": "LORA"}}, "write LoRA as `adapter: lora`"),
+        ({"adapter": "peft", "peft": {"peft_type": "PROMPT_TUNING"}}, "PROMPT_TUNING puts tokens of its own before"),
+    ],
+)
+def test_wrong_names_are_named(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises((ConfigError, ModelError), match=message):
+        apply_adapter(tiny_model("llama"), _lora(**keys), seed=1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"peft_type": "IA3", "target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
+        {"peft_type": "loha", "r": 2},
+        {"peft_type": "VERA", "target_modules": ["q_proj"]},
+        {"peft_type": "OFT", "target_modules": ["q_proj"], "oft_block_size": 4, "r": 0},
+    ],
+)
+def test_other_methods_of_peft(options: dict[str, Any]) -> None:
+    cfg = AdapterConfig(adapter="peft", peft=options, lora_target_linear="target_modules" not in options)
+    model = apply_adapter(tiny_model("llama"), cfg, seed=1)
+    assert str(model.peft_config["default"].peft_type).rpartition(".")[2] == options["peft_type"].upper()
+    assert _trained(model)
+    model(IDS, labels=IDS).loss.backward()
+    assert all(weight.grad is not None for weight in _trained(model).values())
+
+
+def test_frozen_experts_are_mentioned(caplog: pytest.LogCaptureFixture) -> None:
+    """`all-linear` adapts fused experts in the families that peft knows; in others it says that it does not."""
+    linear = _lora(lora_target_modules=None, lora_target_linear=True)
+    model = apply_adapter(tiny_model("qwen3_moe"), linear, seed=1)
+    experts = [name for name in _trained(model) if ".experts." in name]
+    assert bool(experts) != ("the fused experts" in caplog.text)
+    caplog.clear()
+    apply_adapter(tiny_model("gpt_oss"), linear, seed=1)
+    assert "lora_target_parameters: [mlp.experts.down_proj, mlp.experts.gate_up_proj]" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["modules_to_save", "top layer", "lora", "whole"])
+def test_half_of_the_base_in_fp32_needs_autocast(kind: str) -> None:
+    model = tiny_model("llama").bfloat16()
+    if kind == "top layer":
+        apply_freezing(model, FreezingConfig(train_top_layers=1))
+    elif kind != "whole":
+        model = apply_adapter(model, _lora(lora_modules_to_save=["lm_head"] if kind == "modules_to_save" else None), 1)
+    if kind in ("modules_to_save", "top layer"):
+        with pytest.raises(ConfigError, match=r"bf16: false: the frozen weights of the base are bfloat16 and \S+"):
+            set_dtypes(model, autocast=False)
+        set_dtypes(model)
+        with pytest.raises(RuntimeError, match="dtype"):  # what the message stands for
+            model(IDS)
+    else:
+        set_dtypes(model, autocast=False)
+        assert model(IDS).logits.isfinite().all()

@@ -18,11 +18,11 @@ from transformers import logging as transformers_logging
 
 from eft.config.model import AdapterConfig, FreezingConfig
 from eft.config.root import TrainConfig
-from eft.core.errors import ModelError
 from eft.core.hashing import hash_file
 from eft.models import verify_child, verify_export
 from eft.models.adapters import apply_adapter, apply_freezing, set_dtypes
-from eft.models.export import check_saved_tensors, export_model, merge_adapter
+from eft.models.export import check_saved_tensors, export_model
+from eft.models.merge import merge_adapter
 from eft.models.tokenizer import load_tokenizer, resize_embeddings
 from tests.tiny import CHATML, tiny_tokenizer
 from tests.tiny_models import tiny_model
@@ -163,32 +163,6 @@ def test_an_adapter_is_saved_as_an_adapter(tmp_path: Path, keys: dict[str, Any],
     assert auto.peft_config["default"].base_model_name_or_path == str(tmp_path / "base")
 
 
-@pytest.mark.parametrize("keys", LORA_CASES)
-@pytest.mark.parametrize("tied", [True, False])
-def test_merged_equals_adapter(tmp_path: Path, keys: dict[str, Any], tied: bool) -> None:
-    model = _lora(_base(tmp_path / "base", tie_word_embeddings=tied), **keys)
-    before = _state(model)
-    result = merge_adapter(model, tmp_path / "merged", tokenizer=TOKENIZER, save_dtype=F32, ids=IDS)
-    assert result.status == "pass", result
-    assert result.numbers["max_abs_difference"] < 1e-5 * max(1.0, result.numbers["max_abs_logit"])
-    assert _same(_state(model), before)
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    with torch.autocast("cpu", enabled=False):
-        expected = model.float().eval()(torch.tensor([IDS])).logits
-    torch.testing.assert_close(merged(torch.tensor([IDS])).logits, expected, atol=2e-5, rtol=2e-5)
-
-
-def test_merging_from_a_folder_goes_to_the_base_dtype(tmp_path: Path) -> None:
-    model = _lora(_base(tmp_path / "base"))
-    export_model(model, TOKENIZER, tmp_path / "adapter", save_dtype=None)
-    assert merge_adapter(tmp_path / "adapter", tmp_path / "merged").status == "pass"
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    assert {parameter.dtype for parameter in merged.parameters()} == {BF16}
-    assert AutoTokenizer.from_pretrained(tmp_path / "merged").get_vocab() == TOKENIZER.get_vocab()
-    with pytest.raises(ModelError, match="nothing to merge"):
-        merge_adapter(tmp_path / "merged", tmp_path / "again")
-
-
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("saved", [["embed_tokens", "lm_head"], None])
 @pytest.mark.usefixtures("in_process")
@@ -216,7 +190,7 @@ def test_new_tokens_travel_with_an_adapter(tmp_path: Path, tied: bool, saved: li
     assert result.status == "pass", result
     auto = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert auto.get_input_embeddings().weight.shape[0] == len(tokenizer)
-    assert merge_adapter(tmp_path / "out", tmp_path / "merged").status == "pass"
+    assert all(promise.status == "pass" for promise in merge_adapter(tmp_path / "out", tmp_path / "merged").promises)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert merged.get_input_embeddings().weight.shape[0] == len(tokenizer)
 

@@ -74,6 +74,19 @@ def test_tokens_the_vocabulary_has_are_not_new(folder: Path) -> None:
     assert len(tokenizer) == len(tiny_tokenizer())
 
 
+def test_a_special_token_named_again_stays_special(tmp_path: Path) -> None:
+    tiny_tokenizer(specials=("<|tool|>",)).save_pretrained(tmp_path)
+    cfg = ModelConfig(base_model=str(tmp_path), tokens=["<|tool|>", "<new>"], special_tokens={"eos_token": "<|end|>"})
+    tokenizer = load_tokenizer(cfg)
+    before = load_tokenizer(ModelConfig(base_model=str(tmp_path)))
+    special = {token.content: token.special for token in tokenizer.added_tokens_decoder.values()}
+    for token in before.added_tokens_decoder.values():
+        assert special[token.content] == token.special, token.content
+    assert (special["<|tool|>"], special["<new>"]) == (True, False)
+    ids = tokenizer.encode("hello<|tool|><|end|><new>")
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "hello<new>"
+
+
 def test_unknown_role_is_refused(folder: Path) -> None:
     with pytest.raises(ConfigError, match="unknown role 'pad_tokn', did you mean 'pad_token'"):
         load_tokenizer(ModelConfig(base_model=str(folder), special_tokens={"pad_tokn": "<p>"}))
@@ -154,12 +167,12 @@ EMBEDDING_ONLY = {**LORA, "lora_modules_to_save": ["embed_tokens"]}
 @pytest.mark.parametrize(
     ("tied", "keys", "message"),
     [
-        (False, LORA, r"set lora_modules_to_save: \[embed_tokens, lm_head\]"),
-        (True, LORA, r"set lora_modules_to_save: \[embed_tokens\]"),
+        (False, LORA, r"or lora_modules_to_save: \[embed_tokens, lm_head\]"),
+        (True, LORA, r"or lora_modules_to_save: \[embed_tokens\]"),
         (
             False,
             {**LORA, "lora_modules_to_save": ["embed_tokens"]},
-            r"set lora_modules_to_save: \[embed_tokens, lm_head\]",
+            r"or lora_modules_to_save: \[embed_tokens, lm_head\]",
         ),
         (False, {**LORA, "lora_modules_to_save": ["embed_tokens", "lm_head"]}, None),
         (True, EMBEDDING_ONLY, None),

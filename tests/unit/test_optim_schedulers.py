@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -16,10 +17,12 @@ from transformers import get_scheduler
 from eft.config.optim import OptimConfig, SchedulerName
 from eft.core.errors import ConfigError
 from eft.optim.schedulers import SCHEDULES, build_scheduler, learning_rates, schedule_name, warmup_of
+from eft.runtime.optimizer_state import load_scheduler, save_scheduler
 
 PEAK = 3e-4
 NEEDED: dict[str, dict[str, Any]] = {
     "cosine_with_min_lr": {"cosine_min_lr_ratio": 0.1},
+    "cosine_warmup_with_min_lr": {"cosine_min_lr_ratio": 0.1},
     "warmup_stable_decay": {"lr_scheduler_kwargs": {"num_decay_steps": 5}},
 }
 NO_WARMUP = ("constant",)
@@ -85,6 +88,14 @@ HF_CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         "cosine_with_min_lr",
         {"cosine_min_lr_ratio": None, "lr_scheduler_kwargs": {"min_lr": 1e-5, "num_cycles": 0.5}},
         {"min_lr": 1e-5},
+    ),
+    ("cosine_with_restarts", {}, {"num_cycles": 1}),
+    ("cosine_with_restarts", {"lr_scheduler_kwargs": {"num_cycles": 3}}, {"num_cycles": 3}),
+    ("cosine_warmup_with_min_lr", {}, {"min_lr_rate": 0.1}),
+    (
+        "cosine_warmup_with_min_lr",
+        {"lr_scheduler_kwargs": {"warmup_lr_rate": 0.2, "num_cycles": 1}},
+        {"min_lr_rate": 0.1, "warmup_lr_rate": 0.2, "num_cycles": 1.0},
     ),
     *(
         (
@@ -180,10 +191,10 @@ def test_every_factor_is_between_zero_and_one(name: str, total: int, warmup: int
     assert len(rates) == total
     assert all(0.0 <= rate <= PEAK * (1 + 1e-12) for rate in rates)
     peak_step = warmup if name in SCHEDULES and "warmup_steps" in SCHEDULES[name].keys else 0
-    if name == "one_cycle":
+    if name in ("one_cycle", "cosine_warmup_with_min_lr"):
         peak_step = max(0, warmup - 1)
         if warmup == 0:
-            return  # torch's form then starts below the peak
+            return  # these then start below the peak
     if peak_step < total:
         assert rates[peak_step] == pytest.approx(PEAK, rel=1e-9)
         after = rates[peak_step:]
@@ -236,3 +247,84 @@ def test_schedule_free_optimizers_do_not_decay() -> None:
     assert schedule_name(
         OptimConfig(learning_rate=PEAK, optimizer="schedule_free_sgd", lr_scheduler="constant")
     ).value == ("constant")
+
+
+# Landmarks: step 0, the end of the warm-up, the middle, the last step ------------------------------------------------
+
+TOTAL, WARMUP = 101, 20
+MIDDLE = (WARMUP + TOTAL) // 2  # p = 40 / 81
+P, LAST = 40 / 81, 80 / 81
+
+
+def cosine(share: float) -> float:
+    return 0.5 * (1 + math.cos(math.pi * share))
+
+
+LANDMARKS: dict[str, tuple[float, float, float, float]] = {
+    "cosine": (0, 1, cosine(P), cosine(LAST)),
+    "linear": (0, 1, 1 - P, 1 / 81),
+    "constant": (1, 1, 1, 1),
+    "constant_with_warmup": (0, 1, 1, 1),
+    "inverse_sqrt": (0, 1, (20 / 60) ** 0.5, (20 / 100) ** 0.5),
+    "polynomial": (0, 1, (1 - P) * (1 - 1e-7 / PEAK) + 1e-7 / PEAK, (1 / 81) * (1 - 1e-7 / PEAK) + 1e-7 / PEAK),
+    "cosine_with_restarts": (0, 1, cosine(P), cosine(LAST)),
+    "cosine_with_min_lr": (0, 1, 0.1 + 0.9 * cosine(P), 0.1 + 0.9 * cosine(LAST)),
+    "cosine_warmup_with_min_lr": (1 / 20, 0.1 + 0.9 * cosine(1 / 81), 0.1 + 0.9 * cosine(41 / 81), 0.1),
+    "warmup_stable_decay": (0, 1, 1, cosine(4 / 5)),
+    "rex": (0, 1, (1 - P) / (0.1 + 0.9 * (1 - P)), (1 / 81) / (0.1 + 0.9 / 81)),
+    "one_cycle": (
+        1 / 25,
+        1 / 25e4 + (1 - 1 / 25e4) * cosine(1 / 81),
+        1 / 25e4 + (1 - 1 / 25e4) * cosine(41 / 81),
+        1 / 25e4,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_closed_forms_at_their_landmarks(name: str) -> None:
+    found = learning_rates(config(name, warmup_steps=WARMUP), TOTAL)
+    at = [found[step] / PEAK for step in (0, WARMUP, MIDDLE, TOTAL - 1)]
+    assert at == pytest.approx(LANDMARKS[name], rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("restarts", [False, True])
+def test_a_resumed_schedule_goes_on_where_it_was(name: str, restarts: bool, tmp_path: Path) -> None:
+    keys = {"jagged_restart_steps": 15, "jagged_restart_warmup_steps": 3} if restarts else {}
+    cfg, total = config(name, warmup_steps=5, **keys), 40
+    expected = learning_rates(cfg, total)
+    for cut in (0, 5, 16, 39):
+        first = optimizer_of(PEAK)
+        scheduler = build_scheduler(cfg, first, total)
+        for _ in range(cut):
+            first.step()
+            scheduler.step()
+        save_scheduler(tmp_path, scheduler)
+        second = optimizer_of(PEAK)
+        resumed = build_scheduler(cfg, second, total)
+        load_scheduler(tmp_path, resumed)
+        seen = []
+        for _ in range(cut, total):
+            seen.append(second.param_groups[0]["lr"])
+            second.step()
+            resumed.step()
+        assert seen == expected[cut:]
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_jagged_restarts_multiply_any_schedule(name: str) -> None:
+    keys = {"jagged_restart_steps": 10, "jagged_restart_warmup_steps": 3, "jagged_restart_anneal_steps": 2}
+    plain, jagged = (learning_rates(config(name, warmup_steps=4, **more), 33) for more in ({}, keys))
+    low = 0.1 if "cosine_min_lr_ratio" in NEEDED.get(name, {}) else 0.001
+    rise, fall = {0: 0.25, 1: 0.5, 2: 0.75}, {8: 0.5, 9: 0.0}
+    for step, (before, after) in enumerate(zip(plain, jagged, strict=True)):
+        share = fall.get(step % 10, 1.0 if step < 10 else rise.get(step % 10, 1.0))
+        assert after == pytest.approx(before * (share * (1 - low) + low), rel=1e-12), step
+
+
+def test_jagged_restarts_take_their_floor_from_the_schedules_key() -> None:
+    cfg = config("linear", jagged_restart_steps=12, cosine_min_lr_ratio=0.2, warmup_steps=0)
+    assert learning_rates(cfg, 24)[11] == pytest.approx(0.2 * PEAK * 13 / 24)
+    with pytest.raises(ConfigError, match="cosine_min_lr_ratio: not used by lr_scheduler linear"):
+        learning_rates(config("linear", cosine_min_lr_ratio=0.2), 24)

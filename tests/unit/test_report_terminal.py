@@ -18,7 +18,6 @@ from eft.report.terminal import (
     promises_table,
     quantities_table,
     summary_table,
-    trained_text,
 )
 from tests.run_folder import LEDGER, SAMPLES, write_run_folder
 
@@ -65,15 +64,6 @@ def test_answers_of_both_kinds() -> None:
     assert "Find the area" in text
     assert "Answer with one JSON" not in text
     assert "Why?" in text
-
-
-def test_trained_tokens_stand_out() -> None:
-    text = trained_text(["a[b]", " c"], [False, True])
-    assert text.plain == "a[b] c"
-    assert [(span.start, span.end, str(span.style)) for span in text.spans] == [
-        (0, 4, "dim"),
-        (4, 6, "green underline"),
-    ]
 
 
 def test_curve_is_a_grid_of_dots_without_holes() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import threading
 from pathlib import Path
@@ -36,8 +37,8 @@ def test_a_draft_with_copies_holds_what_was_there_when_it_was_filled(tmp_path: P
 
 def test_the_memory_of_copies_is_used_again_unless_the_tensor_changed() -> None:
     copies = TensorCopies()
-    first = copies.take("f", {"w": torch.zeros(3), "v": torch.zeros(3)})
-    second = copies.take("f", {"w": torch.ones(3), "v": torch.ones(3, dtype=torch.bfloat16)})
+    first = copies.take("f", {"w": torch.zeros(3), "v": torch.zeros(3)}.items())
+    second = copies.take("f", {"w": torch.ones(3), "v": torch.ones(3, dtype=torch.bfloat16)}.items())
     assert first["w"].data_ptr() == second["w"].data_ptr()
     assert first["v"].data_ptr() != second["v"].data_ptr()
     assert second["w"].tolist() == [1, 1, 1]
@@ -46,7 +47,7 @@ def test_the_memory_of_copies_is_used_again_unless_the_tensor_changed() -> None:
 
 def test_tensors_that_share_memory_are_each_copied() -> None:
     shared = torch.arange(4.0)
-    taken = TensorCopies().take("f", {"a": shared, "b": shared[:2]})
+    taken = TensorCopies().take("f", {"a": shared, "b": shared[:2]}.items())
     shared.zero_()
     assert taken["a"].tolist() == [0, 1, 2, 3]
     assert taken["b"].tolist() == [0, 1]
@@ -77,7 +78,7 @@ def test_a_failed_save_is_raised_once_by_whoever_asks_next(tmp_path: Path) -> No
     store = CheckpointStore(tmp_path, save_total_limit=None, asynchronous=True)
 
     def refuse(folder: Path) -> None:
-        raise PermissionError("refused")
+        raise PermissionError(errno.EACCES, "refused")
 
     store.save(1, None, {}, keep=False, fill=lambda draft: draft.add_files(refuse))
     with pytest.raises(CheckpointError, match="checkpoint-1: not written, no permission"):

@@ -11,7 +11,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from eft.config.optim import OptimConfig
-from eft.optim.optimizers import OPTIMIZERS, build_optimizer
+from eft.core.errors import ConfigError
+from eft.optim.optimizers import OPTIMIZERS, build_optimizer, check_optimizer
 from eft.optim.schedulers import build_scheduler
 from eft.runtime.checkpoint import CheckpointStore
 from eft.runtime.optimizer_state import load_scheduler, save_optimizer, save_scheduler
@@ -75,6 +76,12 @@ class Run:
 @pytest.mark.parametrize("adapter", [True, False], ids=["lora", "full"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_resumed_run_equals_the_straight_one(optimizer: str, adapter: bool, tmp_path: Path) -> None:
+    try:
+        check_optimizer(OptimConfig(learning_rate=0.01, optimizer=optimizer), "cpu")
+    except ConfigError as error:
+        pytest.skip(str(error))  # another device, or a package that is not installed
+    if optimizer == "muon" and adapter:
+        pytest.skip("Muon leaves adapter factors alone")
     store = CheckpointStore(tmp_path, save_total_limit=2)
     schedule = "cosine" if not optimizer.startswith("schedule_free") else "constant_with_warmup"
     straight = Run(optimizer, adapter, schedule)

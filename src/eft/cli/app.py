@@ -12,16 +12,18 @@ import typer
 import typer.main
 from typer.core import TyperCommand, TyperGroup
 
-from eft.cli.console import print_error, set_up_logging
-from eft.core.constants import EXIT_FAILED, EXIT_USAGE
-from eft.core.errors import EftError, PromiseBroken
+from eft.cli.console import console, error_console, print_error, set_up_logging
+from eft.core.constants import EXIT_FAILED, EXIT_OK, EXIT_USAGE
+from eft.core.errors import DataGateError, EftError, PromiseBroken, RunFinished
 
 COMMANDS: dict[str, tuple[str, str, str]] = {
     "train": ("eft.cli.train", "train", "Fine-tune a model as a YAML says."),
     "plan": ("eft.cli.plan", "plan", "Show the steps of a run without loading a model."),
     "preprocess": ("eft.cli.preprocess", "preprocess", "Prepare the data and look at what is trained."),
+    "data": ("eft.cli.data", "app", "A page about the data of a run."),
     "verify": ("eft.cli.verify", "verify", "Prove the promises on your own model, data and config."),
     "evaluate": ("eft.cli.evaluate", "evaluate", "Loss of a model on the held-out data."),
+    "merge": ("eft.cli.merge", "merge", "Put an adapter and its base together into one model."),
     "chat": ("eft.cli.chat", "chat", "Talk to a base model, an adapter or an export."),
     "report": ("eft.cli.report", "report", "Write the page about a run."),
     "quickstart": ("eft.cli.quickstart", "quickstart", "Train a real 135M model on real rows, in minutes."),
@@ -97,9 +99,18 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     try:
         typer.main.get_command(app)(args=args, prog_name="eft")
+    except RunFinished as finished:
+        console.print(str(finished), soft_wrap=True)
+        sys.exit(EXIT_OK)
     except PromiseBroken as error:
         print_error(error)
         sys.exit(EXIT_FAILED)
+    except DataGateError as error:
+        from eft.cli.rows import print_rows
+
+        print_rows(error_console, error.rows)
+        print_error(error)
+        sys.exit(EXIT_USAGE)
     except EftError as error:
         print_error(error)
         sys.exit(EXIT_USAGE)

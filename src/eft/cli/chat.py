@@ -27,8 +27,8 @@ def chat(
     quiet_libraries()
     from eft.core.records import Message
     from eft.evaluate import load_trained
+    from eft.inputs import prepare_tokenizer
     from eft.models.generate import sample_texts
-    from eft.run import prepare_tokenizer
 
     path = model or loaded.config.output_dir
     tokenizer = prepare_tokenizer(loaded.config)

@@ -45,10 +45,17 @@ def schema() -> None:
 def docs(
     folder: Annotated[Path, typer.Option(help="Where the pages are written.")] = Path("docs"),
 ) -> None:
-    """Write the generated reference pages, config.md and cli.md."""
+    """Write the generated reference pages: config.md, cli.md, optimizers.md, schedules.md."""
     from eft.cli.reference import cli_markdown  # imports every command, and each of them this package
+    from eft.optim.reference import optimizers_markdown, schedules_markdown
 
-    for name, text in (("config.md", config_markdown()), ("cli.md", cli_markdown())):
+    pages = {
+        "config.md": config_markdown(),
+        "cli.md": cli_markdown(),
+        "optimizers.md": optimizers_markdown(),
+        "schedules.md": schedules_markdown(),
+    }
+    for name, text in pages.items():
         write_text(folder / name, text)
         typer.echo(f"wrote {folder / name}")
 

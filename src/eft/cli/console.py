@@ -44,11 +44,16 @@ def print_notes(notes: Iterable[str]) -> None:
         error_console.print(Text.assemble(("note: ", "bold yellow"), note), soft_wrap=True)
 
 
-def set_up_logging(*, verbose: bool = False) -> None:
+def set_up_logging(*, verbose: bool = False, quiet: bool = False) -> None:
     """Send log records to stderr: ours from INFO on (DEBUG with `verbose`), those of libraries from WARNING on.
 
-    `eft --verbose` comes first; a command that asks again, without it, changes nothing.
+    `eft --verbose` comes first; a command that asks again, without it, changes nothing. `quiet`: errors only, for
+    processes that repeat what another one says.
     """
+    if quiet:
+        logging.getLogger().setLevel(logging.ERROR)
+        logging.getLogger("eft").setLevel(logging.ERROR)
+        return
     if not verbose and any(isinstance(handler, RichHandler) for handler in logging.getLogger().handlers):
         return
     handler = RichHandler(console=error_console, show_path=verbose, show_time=verbose, markup=False)
@@ -67,6 +72,8 @@ def quiet_libraries() -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    # Says in every layer and step that 8-bit products are made in float16, and that it found no kernels to download.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     # Deprecations between the libraries (peft calls a name that transformers has renamed) are not the user's to mend.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft")

@@ -20,38 +20,44 @@ def plan(
 ) -> None:
     """Show steps, fill, tokens per step, learning-rate curve, saves and evaluations of a run. Loads no model.
 
-    With several processes also how long they will wait for the slowest one, by the model's shape.
+    Also what each process will hold, by the model's shape; with several how long they will wait for the slowest one.
     """
     loaded = open_config(config, overrides, allow_unsupported=allow_unsupported)
     set_up_logging()
     quiet_libraries()
     from dataclasses import asdict
 
-    from eft import run
-    from eft.builder import flow_rules
+    from eft import inputs
     from eft.data.balance import expected_balance
+    from eft.data.plan import Plan
+    from eft.footprint import footprint
     from eft.models.cost import attention_cost_ratio
     from eft.optim.schedulers import learning_rates
-    from eft.parallel.plan import batch_of
+    from eft.parallel.plan import Degrees, batch_of
     from eft.report.terminal import curve, quantities_table
     from eft.start_table import plan_rows
-    from eft.trainer.flow import make_flow
+    from eft.trainer.flow import flow_rules, make_flow
 
     settings = loaded.config
-    meta = run.load_datasets(settings)
-    steps = run.plan_of(settings, meta.train_dataset, world_size)
+    degrees = Degrees.resolve(world_size, settings)
+    meta = inputs.load_datasets(settings, world_size=world_size)
+    steps = inputs.any_plan_of(settings, meta.train_dataset, world_size)
     flow = make_flow(flow_rules(settings), steps.epoch_ends, steps.total_steps, meta.eval_dataset is not None)
-    balance = None
-    if world_size > 1:
+    balance = held = None
+    if isinstance(steps, Plan):
+        held = footprint(settings, steps, world_size)
+    if degrees.dp > 1 and isinstance(steps, Plan):
         per_rank = batch_of(settings, world_size).accumulation * settings.micro_batch_size
-        balance = expected_balance(steps, attention_cost_ratio(settings), world_size, per_rank)
+        balance = expected_balance(steps, attention_cost_ratio(settings), degrees.dp, per_rank)
     if as_json:
         extra = {
             "saves": sorted(flow.save_at),
             "evaluations": sorted(flow.evaluate_at),
             "balance": None if balance is None else asdict(balance),
+            "memory": None if held is None else asdict(held),
         }
         typer.echo(json.dumps({**steps.summary(), **extra}, indent=2))
         return
-    console.print(quantities_table("Plan", plan_rows(settings, steps, flow, meta, world_size, balance)))
+    rows = plan_rows(settings, steps, flow, meta, world_size, balance)
+    console.print(quantities_table("Plan", rows + (held.rows(degrees) if held is not None else [])))
     console.print(curve("learning rate", learning_rates(settings, steps.total_steps)))

@@ -1,27 +1,57 @@
-"""Progress of long work on the terminal."""
+"""Progress of long work: a bar on a terminal, a line now and then where the output is piped."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Column
 
-Report = Callable[[str, int, int | None], None]
-"""(what, rows done, rows in all or None)."""
+from eft.cli.console import error_console
+
+if TYPE_CHECKING:  # the data room is slow to import
+    from eft.data.entry import Progress as Report
+
+_LINE_EVERY_S = 10.0
 
 
 @contextmanager
 def data_progress(console: Console) -> Iterator[Report]:
-    """A bar per data set while it is tokenised; nothing where there is no terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    """A bar per data set while it is tokenised; without a terminal a line on stderr every ten seconds."""
+    if not console.is_terminal:
+        yield _lines()
+        return
+    columns = (
+        TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
+        BarColumn(bar_width=10),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[speed]}"),
+    )
+    with Progress(*columns, console=console, transient=True, expand=True) as progress:
         tasks: dict[str, int] = {}
 
-        def report(what: str, done: int, total: int | None) -> None:
+        def report(what: str, done: int, total: int | None, speed: str) -> None:
             if what not in tasks:
-                tasks[what] = progress.add_task(what, total=total)
-            progress.update(tasks[what], completed=done, total=total)  # type: ignore[arg-type]  # rich's own TaskID
+                tasks[what] = progress.add_task(what.rsplit("/")[-1], total=total, speed=speed)
+            progress.update(tasks[what], completed=done, total=total, speed=speed)  # type: ignore[arg-type]  # rich's own TaskID
 
         yield report
+
+
+def _lines() -> Report:
+    last = time.monotonic()
+
+    def report(what: str, done: int, total: int | None, speed: str) -> None:
+        nonlocal last
+        is_waiting = not done and total is None
+        if is_waiting or time.monotonic() - last >= _LINE_EVERY_S:
+            last = time.monotonic()
+            of = "" if total is None else f" of {total:,}"
+            line = what if is_waiting else f"{what}: {done:,}{of} rows" + (f", {speed}" if speed else "")
+            error_console.print(line, soft_wrap=True, markup=False)
+
+    return report

@@ -22,10 +22,13 @@ def verify(
     overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
     allow_unsupported: AllowUnsupported = False,
+    nproc: Annotated[
+        int, typer.Option("--nproc", min=1, help="Also train one global batch in so many processes on the CPU.")
+    ] = 1,
 ) -> None:
-    """Check eft's promises on CONFIG's own model and data: packing, loss, data, saves, schedule, keys.
+    """Check eft's promises on CONFIG's own model and data: packing, loss, resume, data, saves, schedule, keys.
 
-    Trains three short steps in a temporary folder; nothing is written into output_dir. Exit code 1 when one fails.
+    Trains a few short steps in a temporary folder; nothing is written into output_dir. Exit code 1 when one fails.
     """
     loaded = open_config(config, overrides, allow_unsupported=allow_unsupported)
     set_up_logging()
@@ -39,7 +42,7 @@ def verify(
 
     with tempfile.TemporaryDirectory(prefix="eft-verify-") as folder, error_console.status("data and model") as status:
         verification = assemble(loaded.config, Path(folder))
-        results = list(check_promises(verification, status.update))
+        results = list(check_promises(verification, status.update, num_processes=nproc))
     if as_json:
         typer.echo(json.dumps([asdict(result) for result in results], indent=2, ensure_ascii=False))
     else:

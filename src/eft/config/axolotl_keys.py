@@ -19,9 +19,11 @@ class Foreign(NamedTuple):
 RENAMED = {
     "scheduler": "lr_scheduler",
     "batch_size": "global_batch_size",
+    "noisy_embedding_alpha": "neftune_noise_alpha",
     "dataset_num_proc": "dataset_processes",
     "evaluation_strategy": "eval_strategy",
     "liger_swiglu": "liger_glu_activation",
+    "pretrain_multipack_buffer_size": "streaming_multipack_buffer_size",
 }
 """Spellings that mean exactly one of our keys. Axolotl's `batch_size` is micro-batch × accumulation × devices."""
 
@@ -80,18 +82,15 @@ _ATTENTION = (
 )
 _LOSS = "remove it: eft's loss only ever holds the logits of trained tokens"
 _KERNEL = "remove it: eft has no such kernel; speed and memory change, the numbers do not"
-_QUANT = "quantised training is not offered: remove it, and train `adapter: lora` over bf16 weights to save memory"
-_SHARD = "sharding is not offered: remove it; every device holds the whole model (DDP)"
+_QUANT = "this quantisation is not offered: remove it; `load_in_4bit: true` with `adapter: qlora` is"
+_SHARD = "use `fsdp_version: 2` (FSDP2, HSDP), `tensor_parallel_size` or `context_parallel_size`, or remove it for DDP"
 _RL = "eft does supervised fine-tuning only: use another trainer for preference or reinforcement learning"
 _LORA = "this LoRA option is not offered: remove it"
-_LR = "per-group learning rates are not offered: remove it; `learning_rate` holds for all parameters"
 _OPTIMIZER = "it belongs to an optimizer that eft does not have; options of ours go under `optim_args`"
 _GENERATE = "remove it: sample answers are decoded greedily, so that two runs can be compared"
 _CACHE = "remove it: the prepared data are content-addressed and memory-mapped, so there is nothing to tune"
-_STREAM = (
-    "streaming and pre-training from a stream are not offered: list the data under `datasets` (`type: completion`)"
-)
-_MULTIMODAL = "images and audio are not offered: remove it"
+_STREAM = "list the data under `datasets` (`type: completion`, or any other format) and set `streaming: true`"
+_MULTIMODAL = "remove it: `processor_type` is all that rows with images need, and masks come from the template"
 _HUB = "remove it, and upload the finished folder with `hf upload`"
 _WANDB = "remove it, and set Weights & Biases' environment variable of that name (`WANDB_MODE`, `WANDB_RUN_ID`, …)"
 _TRACKER = "this tracker is not offered: `use_tensorboard`, `use_wandb`, `use_mlflow` and `use_trackio` are"
@@ -129,19 +128,20 @@ AXOLOTL_KEYS: dict[str, Foreign] = {
     **_keys("remove it: `torch_compile_backend` and `torch_compile_mode` are the options", "torch_compile_options"),
     **_keys(
         "not offered: it changes the model or the loss",
-        "scaling_softmax scaling_softmax_factor scaling_softmax_bias use_eaft neftune_noise_alpha "
-        "noisy_embedding_alpha use_pose pose_split_on_token_ids pose_max_context_len pose_num_chunks rope_scaling "
+        "scaling_softmax scaling_softmax_factor scaling_softmax_bias use_pose pose_split_on_token_ids "
+        "pose_max_context_len pose_num_chunks rope_scaling "
         "dense_mixer llama4_linearized_experts reinit_weights",
-        eaft_alpha=1.0,
-        eaft_k=20,
     ),
     # Precision and quantisation
     **_keys("use `fp16: true`, or better `bf16: true`", "float16"),
     **_keys("use `bf16: false`", "float32"),
     **_keys(
+        "matrix products in fp8 are not offered: use `bf16: true`; `ao_adamw_fp8` keeps the optimizer's state in fp8",
+        "fp8 fp8_enable_fsdp_float8_all_gather",
+    ),
+    **_keys(
         _QUANT,
-        "load_in_8bit load_in_4bit gptq bnb_config_kwargs qat quantization fp8 fp8_enable_fsdp_float8_all_gather "
-        "model_quantization_config model_quantization_config_kwargs use_onebitllms llmcompressor",
+        "gptq qat quantization model_quantization_config model_quantization_config_kwargs use_onebitllms llmcompressor",
         quantize_moe_experts=False,
     ),
     **_keys("remove it: eft never casts norms behind your back", "fp32_norms fp32_norm_classes embeddings_skip_upcast"),
@@ -151,10 +151,12 @@ AXOLOTL_KEYS: dict[str, Foreign] = {
     # Distribution
     **_keys(
         _SHARD,
-        "deepspeed deepcompile fsdp fsdp_config fsdp_version fsdp_final_state_dict_type dp_shard_size "
-        "dp_replicate_size tensor_parallel_size context_parallel_size sequence_parallel_degree heads_k_stride "
-        "ring_attn_func expert_parallel_token_capacity accelerator_config",
+        "deepspeed deepcompile fsdp fsdp_final_state_dict_type expert_parallel_token_capacity accelerator_config",
         expert_parallel_size=1,
+    ),
+    **_keys(
+        "use `context_parallel_size`: attention heads are shared (Ulysses); ring attention is not offered",
+        "sequence_parallel_degree heads_k_stride ring_attn_func",
     ),
     **_keys("remove it: DDP's own default is right for eft's batches", "ddp_broadcast_buffers"),
     **_keys(
@@ -184,24 +186,24 @@ AXOLOTL_KEYS: dict[str, Foreign] = {
     **_keys("remove it: the template is saved with the tokenizer", tokenizer_save_jinja_files=True),
     **_keys(
         _MULTIMODAL,
-        "processor_type processor_kwargs image_size image_resize_algorithm role_boundaries "
-        "freeze_mm_modules is_multimodal",
+        "processor_kwargs role_boundaries freeze_mm_modules is_multimodal",
     ),
     # Adapters
     **_keys(
         _LORA,
-        "lora_fan_in_fan_out lora_target_parameters lora_rank_pattern lora_alpha_pattern lora_exclude_modules "
-        "lora_on_cpu peft peft_layers_to_transform peft_layers_pattern peft_layer_replication peft_init_lora_weights "
-        "peft_trainable_token_indices peft_ensure_weight_tying qlora_sharded_model_loading mora",
+        "lora_fan_in_fan_out lora_on_cpu peft_layer_replication qlora_sharded_model_loading mora",
     ),
     **_keys("remove it: adapter weights are always fp32", "peft_autocast_adapter_dtype"),
+    **_keys("remove it: a tied head stays tied", "peft_ensure_weight_tying"),
     **_keys(
-        "merging is a step of its own, after the training: remove it", "merge_lora", merge_method="memory_efficient"
+        "merging is a step of its own, after the training: remove it, and run `eft merge`",
+        "merge_lora",
+        merge_method="memory_efficient",
     ),
     **_keys(
         "restarts and layer sampling are not offered: remove it",
-        "relora relora_prune_ratio relora_cpu_offload lisa_n_layers lisa_step_interval jagged_restart_steps "
-        "jagged_restart_warmup_steps jagged_restart_anneal_steps spectrum_top_fraction spectrum_model_name",
+        "relora relora_prune_ratio relora_cpu_offload lisa_n_layers lisa_step_interval "
+        "spectrum_top_fraction spectrum_model_name",
         relora_prune_method="magnitude",
         lisa_layers_attribute="model.layers",
     ),
@@ -209,9 +211,7 @@ AXOLOTL_KEYS: dict[str, Foreign] = {
     **_keys(_CACHE, "dataset_keep_in_memory num_dataset_shards_to_save"),
     **_keys(
         _STREAM,
-        "pretraining_dataset streaming pretrain_multipack_buffer_size pretraining_sample_concatenation "
-        "skip_prepare_dataset",
-        streaming_multipack_buffer_size=10000,
+        "pretraining_dataset pretraining_sample_concatenation skip_prepare_dataset",
         pretrain_multipack_attn=True,
     ),
     **_keys(_HUB, "push_dataset_to_hub push_to_hub_model_id hub_model_id hub_strategy hub_revision"),
@@ -234,12 +234,10 @@ AXOLOTL_KEYS: dict[str, Foreign] = {
     **_keys(_DETERMINED, "dataloader_prefetch_factor remove_unused_columns"),
     **_keys("remove it: every sample is trained once per epoch; none is dropped", "dataloader_drop_last"),
     # Optimizer and schedule
-    **_keys(
-        _LR, "lr_groups embedding_lr embedding_lr_scale loraplus_lr_ratio lr_div_factor", loraplus_lr_embedding=1e-6
-    ),
+    **_keys("remove it: Axolotl never reads it either", "lr_div_factor"),
     **_keys(
         _OPTIMIZER,
-        "optim_target_modules torchdistx_path adam_beta3 adam_epsilon2 dion_lr dion_momentum",
+        "optim_target_modules torchdistx_path adam_epsilon2 dion_lr dion_momentum",
         dion_rank_fraction=1.0,
         dion_rank_multiple_of=1,
         qgalore_rank=256,
@@ -268,7 +266,7 @@ AXOLOTL_KEYS: dict[str, Foreign] = {
         generation_prompt_ratio=0.5,
         generation_do_sample=True,
     ),
-    **_keys("remove it: Ctrl-C and SIGTERM write a full checkpoint", "dynamic_checkpoint"),
+    **_keys("use `stop_file`, which ends the run after the checkpoint; signals do, too", "dynamic_checkpoint"),
     **_keys("remove it: eft writes safetensors only", save_safetensors=True),
     **_keys("use `include_tkps`", "include_tokens_per_second"),
     **_keys(_WANDB, "wandb_run_id wandb_mode wandb_watch wandb_log_model"),

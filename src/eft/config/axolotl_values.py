@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-_LION = "`lion_pytorch` is the Lion of eft"
-_ADAMW = "use `adamw_torch_fused`: eft keeps optimizer state in fp32"
+_ADAMW = "use `adamw_torch_fused`"
+_LOW_RANK = "not offered: `adamw_8bit` and `adamw_torch_4bit` keep as little, and resume exactly"
 _PLAIN_TEMPLATE = (
     "use `tokenizer_default` (the template that comes with the model), a built-in one (docs/templates.md), such as "
     "`chatml`, or a Jinja file's path"
@@ -39,7 +39,6 @@ REFUSED_FORMATS = {
 
 _VALUES: dict[str, dict[Any, str]] = {
     "adapter": {
-        "qlora": "use `lora`: the base stays unquantised",
         "llama-adapter": "use `lora`",
         "dora": "use `adapter: lora` and `peft_use_dora: true`",
         "none": "leave the key out for full fine-tuning",
@@ -49,18 +48,24 @@ _VALUES: dict[str, dict[Any, str]] = {
         "adamw_hf": "use `adamw_torch_fused`",
         "adam": "use `adamw_torch_fused`",
         "lion": "use `lion_pytorch`",
-        "lion_32bit": _LION,
-        "lion_8bit": _LION,
-        "paged_lion_8bit": _LION,
-        "paged_lion_32bit": _LION,
-        "muon": "not offered: use `adamw_torch_fused`",
         "adopt": "use `adopt_adamw`",
+        "came": "use `came_pytorch`",
+        "optimi_adamw": _ADAMW,
+        "adamw_apex_fused": _ADAMW,
+        "adamw_torch_npu_fused": "eft runs on CPU and CUDA: use `adamw_torch_fused`",
+        "adamw_torch_xla": "eft runs on CPU and CUDA: use `adamw_torch_fused`",
+        "adamw_anyprecision": "use `adamw_torch_fused` with `bfloat16: true`, whose updates lose nothing",
+        "dion": "use `muon`",
+        "sinkgd": "use `muon`, or `sgd`",
+        "lomo": "use `sgd` with `optimizer_in_backward: true`, which is LOMO",
+        "adalomo": "use `adafactor` with `optimizer_in_backward: true`",
+        "grokadamw": "use `ademamix`, which also has a slow moment",
+        "q_galore_adamw8bit": _LOW_RANK,
     },
     "lr_scheduler": {
-        "cosine_with_restarts": "restarts are not offered: use `cosine`",
         "reduce_lr_on_plateau": "a plateau cannot be planned ahead: use `cosine` or `linear`",
-        "cosine_warmup_with_min_lr": "use `cosine` with `cosine_min_lr_ratio`",
-        "greedy": "use `cosine`",
+        "greedy": "it follows the losses, so no step's rate is known ahead: use `cosine`",
+        "wsd": "use `warmup_stable_decay`",
     },
     "activation_offloading": {
         "legacy": "use `true`",
@@ -97,9 +102,9 @@ def value_advice(key: str, value: Any) -> str | None:
         return None
     if advice := _VALUES.get(key, {}).get(value.lower()):
         return advice
-    if key == "optimizer" and any(
-        mark in value.lower() for mark in ("adam", "8bit", "4bit", "paged", "galore", "flash")
-    ):
+    if key == "optimizer" and value.lower().startswith(("galore", "apollo")):
+        return _LOW_RANK
+    if key == "optimizer" and any(mark in value.lower() for mark in ("adam", "8bit", "4bit", "paged", "flash")):
         return _ADAMW
     if key == "attn_implementation":
         return "leave the key out: `eft` runs each packed document by itself with the best kernel of the machine"

@@ -7,6 +7,20 @@ from typing import Any, Literal
 from eft.config.section import Section, key
 
 EndTokens = Literal["turn", "all", "last", "none"]
+GateName = Literal[
+    "untrained_rows",
+    "bos",
+    "end_tokens",
+    "cut_answers",
+    "fully_trained",
+    "other_roles",
+    "headers",
+    "empty_reasoning",
+    "duplicates",
+    "leaks",
+    "template",
+]
+"""What the prepared data are checked for; `data.gates.GATES` has exactly these names."""
 
 
 class DatasetConfig(Section):
@@ -82,6 +96,25 @@ class DatasetConfig(Section):
     field_output: str = key("output", "Column with the answer.")
     field_segments: str = key("segments", "Column with `{label, text}` pieces (`input_output`).")
     train_on_inputs: bool | None = key(None, "As the global `train_on_inputs`, for this data set alone.")
+    generation_tags: Literal["follow", "ignore"] = key(
+        "follow",
+        "Where the template marks what the assistant writes with `{% generation %}`: train exactly that, or go by the "
+        "turns as with any other template.",
+    )
+    weight: float = key(
+        1.0,
+        "How often each sample of this data set comes in an epoch: 2 twice, 0.5 a random half of them once.",
+        gt=0.0,
+    )
+    token_share: float | None = key(
+        None,
+        "Share of the epoch's tokens that come from this data set, by repeating or leaving out samples; data sets "
+        "without it share the rest as their `weight` has it.",
+        gt=0.0,
+        le=1.0,
+    )
+    max_rows: int | None = key(None, "At most this many rows are trained, chosen at random by `seed`.", ge=1)
+    max_tokens: int | None = key(None, "At most this many tokens are trained, whole rows chosen by `seed`.", ge=1)
 
 
 class DataConfig(Section):
@@ -128,10 +161,27 @@ class DataConfig(Section):
         None, "Folder of the prepared token stores; default: `$EFT_CACHE`, else `~/.cache/eft`."
     )
     dataset_processes: int | None = key(
-        None, "Processes that prepare data; default: one per core, and one in all for a small data set.", ge=1
+        None, "Processes that prepare data; default: one per core up to six, and one in all for a small data set.", ge=1
     )
     shuffle_merged_datasets: bool = key(True, "Shuffle the samples of all data sets together, by `seed`.")
     dataset_exact_deduplication: bool = key(False, "Keep one of each group of samples with equal ids and labels.")
+    epoch_tokens: int | None = key(
+        None, "Tokens of an epoch with `token_share`; default: as many as the data sets hold together.", ge=1
+    )
+    data_gates: Literal["error", "warn", "off"] = key(
+        "error",
+        "Check the prepared data (docs/data-gates.md) before anything is trained: stop over a limit, warn, or do not "
+        "look.",
+    )
+    data_gate_limits: dict[GateName, float] = key(
+        dict, "Limits other than the defaults, as shares from 0 to 1: `{duplicates: 0.5}`."
+    )
+    data_gate_conversations: int = key(
+        256,
+        "Conversations of each data set whose prompts are compared with `apply_chat_template`; `eft verify` compares "
+        "all.",
+        ge=1,
+    )
     seed: int = key(
         42,
         "Seed of split, mixture, plan, adapter and new-token initialisation, and dropout.",

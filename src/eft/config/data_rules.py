@@ -60,7 +60,41 @@ def _unknown_template(value: str) -> str | None:
     return f"`chat_template: {value}`: {advice}"
 
 
+# The mixture
+
+
+def shares_fit(config: DataConfig) -> Found:
+    shares = [entry.token_share for entry in config.datasets]
+    total = sum(share or 0.0 for share in shares)
+    if total > 1 + 1e-9:
+        return "datasets", f"`token_share` of `datasets`: {total:g} together; expected 1 at most"
+    if None not in shares and abs(total - 1) > 1e-9:
+        return "datasets", f"`token_share` of all `datasets`: {total:g} together; expected 1"
+    if None in shares and total > 1 - 1e-9:
+        return "datasets", "`token_share` of some `datasets`: 1 together, which leaves nothing for the others"
+    if config.epoch_tokens is not None and not total:
+        return "epoch_tokens", "`epoch_tokens`: not used because no data set has a `token_share`"
+    return None
+
+
+def shares_are_of_training(config: DataConfig) -> Found:
+    for entry in config.test_datasets or ():
+        for name in ("weight", "token_share", "max_rows", "max_tokens"):
+            if name in entry.changed_keys():
+                return (
+                    "test_datasets",
+                    f"`{name}` of `test_datasets`: held-out data are evaluated as they are; remove it",
+                )
+    return None
+
+
 # One data set
+
+
+def weight_or_share(entry: DatasetConfig) -> Found:
+    if entry.token_share is not None and entry.weight != 1.0:
+        return "weight", "`weight`: not used because `token_share` says how much of the data set is trained"
+    return None
 
 
 def format_is_known(entry: DatasetConfig) -> Found:
@@ -114,10 +148,12 @@ def own_template_text_needs_jinja(entry: DatasetConfig) -> Found:
     return None
 
 
-TEMPLATE_RULES: tuple[Callable[[DataConfig], Found], ...] = (
+DATA_RULES: tuple[Callable[[DataConfig], Found], ...] = (
     template_text_needs_jinja,
     jinja_needs_template_text,
     template_is_known,
+    shares_fit,
+    shares_are_of_training,
 )
 
 DATASET_RULES: tuple[DatasetRule, ...] = (
@@ -126,4 +162,5 @@ DATASET_RULES: tuple[DatasetRule, ...] = (
     keys_fit_format,
     own_template_is_known,
     own_template_text_needs_jinja,
+    weight_or_share,
 )

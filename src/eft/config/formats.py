@@ -77,6 +77,7 @@ _MASKS = (
     "chat_template_jinja",
     "rewritten_history",
     "special_tokens_in_content",
+    "generation_tags",
 )
 _TURNS = (
     *_MASKS,

@@ -40,6 +40,7 @@ COMMAND_LINE = "command line"
 DEFAULT = "default"
 _AFTER_ALL_LINES = 1 << 30
 _PLACEHOLDERS: dict[str, Any] = {"base_model": "?", "learning_rate": 1.0, "datasets": [{"path": "?"}]}
+_ENTRY_PLACEHOLDERS: dict[str, dict[str, Any]] = {"lr_groups": {"name": "?", "modules": ["?"], "lr": 1.0}}
 """Stand in for required keys that are missing or wrong, so that the rules can still look at all the others."""
 
 
@@ -229,7 +230,8 @@ def _without_broken(values: dict[str, Any], broken: set[KeyPath]) -> dict[str, A
     usable = {**_PLACEHOLDERS, **{key: value for key, value in values.items() if (key,) not in broken}}
     for name in {str(path[0]) for path in broken if len(path) > 1}:
         usable[name] = [
-            {"path": "?"} | {key: value for key, value in entry.items() if (name, i, key) not in broken}
+            _ENTRY_PLACEHOLDERS.get(name, {"path": "?"})
+            | {key: value for key, value in entry.items() if (name, i, key) not in broken}
             for i, entry in enumerate(usable[name])
         ]
     return usable

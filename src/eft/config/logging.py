@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from eft.config.section import Section, key
 
 
@@ -25,6 +27,20 @@ class LoggingConfig(Section):
     profiler_steps: int | None = key(None, "Profile this many steps with torch.profiler into `output_dir`.", ge=1)
     profiler_steps_start: int = key(0, "First profiled step, counted from 0.", ge=0, used_when="profiler_steps")
     loss_watchdog_threshold: float | None = key(
-        None, "Stop when the loss is above this, or not a number, for `loss_watchdog_patience` steps in a row.", gt=0.0
+        None, "A step whose loss is above this is at fault; `loss_watchdog_action` says what follows.", gt=0.0
     )
-    loss_watchdog_patience: int = key(3, "Steps in a row.", ge=1, used_when="loss_watchdog_threshold")
+    loss_watchdog_patience: int = key(
+        3, "Steps at fault in a row until the run stops or goes back.", ge=1, used_when="loss_watchdog_threshold"
+    )
+    loss_watchdog_action: Literal["stop", "skip", "rollback"] = key(
+        "stop",
+        "`stop`: the run ends, nothing is exported. `skip`: the update of every step at fault is left out. `rollback`: "
+        "the run goes back to the last checkpoint before them, and passes over their data.",
+        used_when="loss_watchdog_threshold",
+    )
+    nonfinite_action: Literal["stop", "skip", "rollback", "ignore"] = key(
+        "stop",
+        "What follows at once when the loss or the norm of the gradients is not a number, or infinite; as "
+        "`loss_watchdog_action`. `ignore`: it counts as a loss above `loss_watchdog_threshold`, if there is one.",
+        axolotl="Not in Axolotl, which trains on.",
+    )

@@ -25,3 +25,16 @@ class LossConfig(Section):
         axolotl="Axolotl has what transformers computes over a whole packed row, and only with "
         "`model_config: {output_router_logits: true}`.",
     )
+    use_eaft: bool = key(
+        False,
+        "Entropy-adaptive fine-tuning: a token's loss counts by how unsure the model is of it, from 0 to 1.",
+        axolotl="There the entropy is not divided by its largest value, so the loss is up to ln k times larger.",
+    )
+    eaft_alpha: float = key(1.0, "Power of that entropy.", ge=0.0, used_when="use_eaft")
+    eaft_k: int = key(20, "Likeliest tokens that the entropy is taken over.", ge=2, used_when="use_eaft")
+    neftune_noise_alpha: float | None = key(
+        None,
+        "NEFTune: uniform noise on the embeddings while training, of ± alpha / √(tokens of the document · width).",
+        gt=0.0,
+        axolotl="There the length is that of the whole row, so packing makes the noise weaker.",
+    )

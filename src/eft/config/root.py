@@ -12,9 +12,11 @@ from eft.config.logging import LoggingConfig
 from eft.config.loss import LossConfig
 from eft.config.memory import MemoryConfig
 from eft.config.model import AdapterConfig, FreezingConfig, ModelConfig
+from eft.config.multimodal import MultimodalConfig
 from eft.config.optim import OptimConfig
 from eft.config.packing import PackingConfig
 from eft.config.parallel import ParallelConfig
+from eft.config.streaming import StreamingConfig
 from eft.config.training import TrainingConfig
 
 
@@ -23,6 +25,8 @@ class TrainConfig(
     FreezingConfig,
     AdapterConfig,
     DataConfig,
+    StreamingConfig,
+    MultimodalConfig,
     PackingConfig,
     TrainingConfig,
     LossConfig,

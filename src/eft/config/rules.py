@@ -8,13 +8,19 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator
 
-from eft.config.data_rules import DATASET_RULES, TEMPLATE_RULES
+from eft.config.adapter_rules import ADAPTER_RULES
+from eft.config.data_rules import DATA_RULES, DATASET_RULES
+from eft.config.guard_rules import GUARD_RULES
 from eft.config.memory_rules import MEMORY_RULES
+from eft.config.multimodal_rules import MULTIMODAL_RULES
+from eft.config.optim_rules import OPTIM_RULES
 from eft.config.packing_rules import PACKING_RULES
+from eft.config.parallel_rules import PARALLEL_RULES
 from eft.config.precision_rules import PRECISION_RULES
 from eft.config.root import Rule, TrainConfig
 from eft.config.section import Section
 from eft.config.source import KeyPath, dotted
+from eft.config.streaming_rules import STREAMING_RULES
 
 _ROW_RANGE = re.compile(r"\[\d*:\d*\]$")
 
@@ -129,9 +135,12 @@ def one_freezing_key(config: TrainConfig) -> tuple[str, str] | None:
 
 
 def adapter_needs_targets(config: TrainConfig) -> tuple[str, str] | None:
-    if config.adapter is None or config.lora_target_linear or config.lora_target_modules or config.lora_model_dir:
+    if config.adapter in (None, "peft") or config.lora_target_linear or config.lora_target_modules:
         return None
-    return "adapter", "`adapter: lora` needs its layers: set `lora_target_linear: true`, or list `lora_target_modules`"
+    if config.lora_model_dir or config.lora_target_parameters:
+        return None
+    what = f"`adapter: {config.adapter}` needs its layers"
+    return "adapter", f"{what}: set `lora_target_linear: true`, or list `lora_target_modules`"
 
 
 def unfrozen_parameters_are_patterns(config: TrainConfig) -> tuple[str, str] | None:
@@ -196,7 +205,8 @@ def best_model_needs_checkpoints(config: TrainConfig) -> tuple[str, str] | None:
 
 
 def best_average_needs_optimizer_state(config: TrainConfig) -> tuple[str, str] | None:
-    if config.load_best_model_at_end and config.save_only_model and config.optimizer.startswith("schedule_free_"):
+    averages = config.optimizer.startswith("schedule_free_") or config.weight_average is not None
+    if config.load_best_model_at_end and config.save_only_model and averages:
         return (
             "save_only_model",
             f"`save_only_model`: `load_best_model_at_end` needs the state of {config.optimizer}; remove one of the two",
@@ -293,7 +303,7 @@ def _whole_steps(name: str, value: float | None) -> tuple[str, str] | None:
 RULES: tuple[Rule, ...] = (
     one_source_of_held_out_data,
     held_out_rows_are_whole,
-    *TEMPLATE_RULES,
+    *DATA_RULES,
     shortest_below_longest,
     one_half_precision,
     global_batch_divides,
@@ -314,7 +324,13 @@ RULES: tuple[Rule, ...] = (
     evaluation_needs_data,
     evaluation_is_not_off,
     a_loss_gets_better_downwards,
+    *ADAPTER_RULES,
     *MEMORY_RULES,
+    *OPTIM_RULES,
     *PRECISION_RULES,
+    *GUARD_RULES,
     *PACKING_RULES,
+    *PARALLEL_RULES,
+    *STREAMING_RULES,
+    *MULTIMODAL_RULES,
 )

@@ -18,6 +18,7 @@ KEYS_OF_RUN = frozenset(
         "generation_max_new_tokens",
         "save_dtype",
         "verify_saves",
+        "stall_timeout",
     }
 )
 """Read by `eft.run` itself, some of them only after the training."""

@@ -13,7 +13,9 @@ EXIT_USAGE = 2
 EXIT_SIGINT = 130
 """Ctrl-C: the step was finished and a full checkpoint written (128 + SIGINT)."""
 EXIT_SIGTERM = 143
-"""SIGTERM: the step was finished and a full checkpoint written (128 + SIGTERM)."""
+"""SIGTERM: the step was finished and a full checkpoint written (128 + SIGTERM; SIGUSR1 alike: 138)."""
+EXIT_STOP_FILE = 75
+"""The same, asked for by the stop file (EX_TEMPFAIL of sysexits.h: try again later)."""
 
 CHECKPOINT_PREFIX = "checkpoint-"
 MANIFEST_NAME = "manifest.json"
@@ -24,6 +26,7 @@ METRICS_FILE = "metrics.jsonl"
 LEDGER_FILE = "ledger.json"
 PLAN_FILE = "plan.json"
 MEMORY_FILE = "memory.json"
+SAVES_FILE = "saves.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 SUMMARY_FILE = "summary.json"
 PROMISES_FILE = "promises.json"

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the records know NumPy, which takes its time to import
+    from eft.core.records import ShownRow
 
 
 class EftError(Exception):
@@ -18,12 +22,28 @@ class DataError(EftError):
     """A row, file or data set is wrong (exit code 2)."""
 
 
+class DataGateError(DataError):
+    """Prepared data are over a gate's limit (exit code 2); `rows` has the worst ones, decoded."""
+
+    def __init__(self, message: str, rows: Sequence[ShownRow] = ()):
+        super().__init__(message)
+        self.rows = list(rows)
+
+
 class ModelError(EftError):
     """The model, tokenizer or adapter cannot do what the config asks (exit code 2)."""
 
 
 class CheckpointError(EftError):
     """A checkpoint is missing, incomplete or does not belong to this run (exit code 2)."""
+
+
+class RunFinished(CheckpointError):  # noqa: N818  # no fault
+    """The same run was finished here before, so that nothing is left to do (exit code 0)."""
+
+
+class OutputError(EftError):
+    """The output folder can no longer be written; what was complete in it still is (exit code 2)."""
 
 
 class PromiseBroken(EftError):  # noqa: N818  # a statement about the run, not about the program

@@ -85,3 +85,19 @@ class PromiseResult:
     status: Literal["pass", "fail", "not applicable"]
     detail: str
     numbers: dict[str, float] = field(default_factory=dict)
+
+
+TokenKind = Literal["trained", "context", "special", "trained special", "header"]
+"""How text is shown: `special` are the tokenizer's own marks, `header` what opens a turn."""
+
+
+@dataclass(frozen=True)
+class ShownRow:
+    """A sample as text, for a terminal or a page."""
+
+    title: str
+    """Where it comes from, and how much of it is trained: `data.jsonl row 17: 120 tokens, 40 trained`."""
+    pieces: list[tuple[str, TokenKind]]
+    """The decoded text in order, cut where the kind changes."""
+    note: str = ""
+    """What is wrong with it."""

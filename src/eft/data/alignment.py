@@ -13,7 +13,7 @@ import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
 from eft.core.constants import IGNORE_INDEX
-from eft.core.records import Message, TokenSample
+from eft.core.records import Int32Array, Message, TokenSample
 from eft.data.token_facts import TokenizerFacts
 from eft.data.turns import Layout, Span, UnprovableError
 
@@ -22,7 +22,10 @@ Offsets = npt.NDArray[np.int64]
 
 
 def labelled(
-    ids: Sequence[int], offsets: Sequence[tuple[int, int]] | Offsets, spans: list[Span] | None, facts: TokenizerFacts
+    ids: Sequence[int] | Int32Array,
+    offsets: Sequence[tuple[int, int]] | Offsets,
+    spans: list[Span] | None,
+    facts: TokenizerFacts,
 ) -> TokenSample:
     """The sample whose tokens in `spans` (None: all) are trained. A token in several spans has the greatest weight."""
     input_ids = np.array(ids, dtype=np.int32)
@@ -37,7 +40,7 @@ def labelled(
 
 
 def exact_offsets(
-    ids: Sequence[int], offsets: Sequence[tuple[int, int]] | Offsets, text: str, facts: TokenizerFacts
+    ids: Sequence[int] | Int32Array, offsets: Sequence[tuple[int, int]] | Offsets, text: str, facts: TokenizerFacts
 ) -> Sequence[tuple[int, int]] | Offsets:
     """The characters that each token writes, where its bytes tell; else the tokenizer's own `offsets`.
 
@@ -47,8 +50,9 @@ def exact_offsets(
     content = text.encode()
     if b"".join(tokens) != content:
         return offsets  # no byte-level vocabulary, or a normaliser changed the text
-    stops = np.cumsum([len(token) for token in tokens], dtype=np.int64)
-    starts = np.concatenate([[0], stops[:-1]])
+    sizes = np.array([len(token) for token in tokens], dtype=np.int64)
+    stops = np.cumsum(sizes)
+    starts = stops - sizes
     if text.isascii():
         return np.stack([starts, stops], axis=1)
     # A part of a character counts as all of it.

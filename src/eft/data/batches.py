@@ -11,11 +11,13 @@ from torch.utils.data import DataLoader
 from eft.core.errors import DataError
 from eft.core.records import TokenDataset
 from eft.data.collators import Collator
-from eft.data.loader import build_eval_loader, build_train_loader
+from eft.data.loader import build_eval_loader, build_stream_loader, build_train_loader
 from eft.data.packing import Strategy
 from eft.data.plan import Plan, build_eval_plan, build_plan
 from eft.data.sample_set import SampleSet
 from eft.data.store import as_token_dataset
+from eft.data.stream import StreamDataset, WindowRule
+from eft.data.stream_plan import StreamPlan, build_stream_plan
 
 
 @dataclass(frozen=True)
@@ -51,15 +53,22 @@ class BatchSource:
     """Rows of the model's embedding; ids from 0 to one less can be looked up."""
     position_rows: int | None
     """Tokens of a document that the model's table of positions can number; None where it has no such table."""
+    buffer_samples: int = 1
+    """Samples of a stream that are shuffled and packed together."""
+    token_budget: int | None = None
+    """How long to train on a stream, in tokens of capacity."""
     _eval_sets: dict[int, tuple[Any, TokenDataset]] = field(default_factory=dict, compare=False, repr=False)
     """Held-out sets by `id`: an evaluation repeats, reading all rows of a foreign set for their lengths need not."""
 
-    def make_plan(self, dataset: Any, total_num_steps: int | None) -> Plan:
-        """The plan of a run over `dataset`: a token store, or a plain `datasets.Dataset` with ids and labels (D7).
+    def make_plan(self, dataset: Any, total_num_steps: int | None) -> Plan | StreamPlan:
+        """The plan of a run over `dataset`: a token store, a plain `datasets.Dataset` with ids and labels (D7), or a
+        stream.
 
         Raises DataError for an empty data set, one that trains nothing, samples that fit no bin, ids that the model
         has no row for.
         """
+        if isinstance(dataset, StreamDataset):
+            return self._stream_plan(dataset, total_num_steps)
         tokens = as_token_dataset(dataset)
         check_vocabulary(tokens, self.vocabulary_rows)
         check_positions(tokens, self.position_rows)
@@ -80,8 +89,51 @@ class BatchSource:
             cost_ratio=self.attention_cost_ratio,
         )
 
-    def train_loader(self, plan: Plan, cursor: Callable[[], int]) -> DataLoader[Any]:
+    def _stream_plan(self, dataset: StreamDataset, total_num_steps: int | None) -> StreamPlan:
+        rule = WindowRule.of(
+            buffer_samples=self.buffer_samples,
+            capacity=self.capacity,
+            packed=self.packed,
+            sequential=self.sequential,
+            strategy=self.strategy,
+            bin_samples=self.bin_samples,
+            shuffle=self.shuffle,
+            seed=self.seed,
+            vocabulary_rows=self.vocabulary_rows,
+            position_rows=self.position_rows,
+        )
+        return build_stream_plan(
+            dataset,
+            rule,
+            global_batch_size=self.global_batch_size,
+            max_steps=self.max_steps,
+            token_budget=self.token_budget,
+            total_num_steps=total_num_steps,
+        )
+
+    def state_at(self, plan: Plan | StreamPlan, step: int) -> dict[str, Any]:
+        """What a resumed run must know of the data beside the step; JSON-able, empty where the plan is arithmetic."""
+        return plan.state_at(step) if isinstance(plan, StreamPlan) else {}
+
+    def restore(self, plan: Plan | StreamPlan, step: int, state: dict[str, Any]) -> None:
+        """Take over what `state_at(step)` gave to a checkpoint."""
+        if isinstance(plan, StreamPlan):
+            plan.restore(step, state)
+
+    def train_loader(self, plan: Plan | StreamPlan, cursor: Callable[[], int]) -> DataLoader[Any]:
         """This rank's micro-batches, from step `cursor()` on."""
+        if isinstance(plan, StreamPlan):
+            return build_stream_loader(
+                plan,
+                self.collator,
+                rank=self.rank,
+                world_size=self.world_size,
+                accumulation=self.accumulation,
+                micro_batch_size=self.micro_batch_size,
+                cursor=cursor,
+                pin_memory=self.pin_memory,
+                cost_ratio=self.attention_cost_ratio,
+            )
         return build_train_loader(
             plan.dataset,
             plan,

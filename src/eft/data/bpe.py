@@ -45,8 +45,6 @@ KNOWN_RULES: dict[str, tuple[int, int, int]] = {
 
 _CODE_POINTS = 0x110000
 _CHUNK = 0x800
-_PLAIN_PLANES = 0x40000
-"""Where the planes with characters end."""
 _WORD_SLOTS = 1 << 16
 
 
@@ -141,13 +139,25 @@ def _code_points_with(missing: list[int]) -> list[tuple[int, int]]:
     return ranges
 
 
+def _chunk(first: int) -> str:
+    """Code points from `first` on; long texts take the library more than linear time."""
+    return "".join(map(chr, range(first, first + _CHUNK)))
+
+
+@lru_cache(maxsize=1)
+def _chunks_with_classes() -> list[int]:
+    """Where the chunks start that have any letter, number, blank or mark: most of the upper planes is empty."""
+    splitter = pre_tokenizers.Split(Regex(r"[\p{L}\p{N}\p{M}\s]"), "isolated")
+    starts = [*range(0, 0xD800, _CHUNK), *range(0xE000, _CODE_POINTS, _CHUNK)]
+    return [first for first in starts if first < 0x30000 or len(splitter.pre_tokenize_str(_chunk(first))) > 1]
+
+
 def _points_where(splitter: Any, *, removed: bool) -> npt.NDArray[np.bool_]:
     """bool [0x110000]: the code points that `splitter` takes out, or those in its second, fourth … piece."""
     matched = np.zeros(_CODE_POINTS, dtype=np.bool_)
-    starts = [*range(0, 0xD800, _CHUNK), *range(0xE000, _PLAIN_PLANES, _CHUNK)]
-    for first in starts:  # long texts take the library more than linear time
+    for first in _chunks_with_classes():
         # Something that never matches leads, so that the first piece is known not to be a match.
-        pieces = splitter.pre_tokenize_str("\x00" + "".join(map(chr, range(first, first + _CHUNK))))
+        pieces = splitter.pre_tokenize_str("\x00" + _chunk(first))
         inside = np.full(_CHUNK + 1, removed)
         for number, (_, (start, stop)) in enumerate(pieces):
             if removed or number % 2:
@@ -167,9 +177,8 @@ def _classes(*, digits: bool, marks: bool, normalizes: bool) -> UInt8Array:
         table[_points_where(pre_tokenizers.Digits(individual_digits=False), removed=False)] |= kernels.DIGIT
     if normalizes:
         # What Python's Unicode tables do not know, they cannot say to be normal.
-        odd = [point for point in range(0x300, _PLAIN_PLANES) if unicodedata.category(chr(point)) == "Cn"]
+        odd = [point for point in range(0x300, _CODE_POINTS) if unicodedata.category(chr(point)) == "Cn"]
         table[odd] |= kernels.ODD
-    table[_PLAIN_PLANES:] |= kernels.ODD  # unassigned or private
     table.flags.writeable = False
     return table
 

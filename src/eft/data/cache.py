@@ -39,6 +39,7 @@ _IN_KEY = {"path", "type"}
 _IN_ENTRY = {"train_on_inputs"}
 """Global keys that are the default of an entry's key, which is what counts."""
 _OF_PLACE = ("path", "name", "ds_type", "data_files", "revision", "split")
+_OF_SHARE = ("weight", "token_share", "max_rows", "max_tokens")
 _OF_MIXTURE = (
     "val_set_size",
     "shuffle_merged_datasets",
@@ -46,6 +47,10 @@ _OF_MIXTURE = (
     "seed",
     "dataset_prepared_path",
     "dataset_processes",
+    "epoch_tokens",
+    "data_gates",
+    "data_gate_limits",
+    "data_gate_conversations",
 )
 NO_SAY = frozenset(_OF_MIXTURE)
 """Keys that never decide what becomes of a row."""
@@ -80,9 +85,10 @@ class Uses:
 def values_of(spec: DatasetConfig, cfg: DataConfig) -> dict[str, Any]:
     """The values of all keys that may decide what becomes of a row, under the names that `Uses.options` has.
 
-    Where the rows are does not count (their content does). Does not count as reading the keys (E8).
+    Where the rows are does not count (their content does), nor how often they are trained. Does not count as reading
+    the keys (E8).
     """
-    own = spec.model_dump(mode="json", exclude=set(_OF_PLACE))
+    own = spec.model_dump(mode="json", exclude={*_OF_PLACE, *_OF_SHARE})
     # What null means, so that writing it out changes nothing.
     own["train_on_eot"] = own["train_on_eot"] or own["train_on_eos"]
     if own["train_on_inputs"] is None:

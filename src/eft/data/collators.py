@@ -15,12 +15,32 @@ import numpy as np
 import torch
 
 from eft.core.constants import IGNORE_INDEX
-from eft.core.records import Float32Array, Int64Array, TokenSample
+from eft.core.records import Float32Array, Float64Array, Int32Array, Int64Array, TokenSample
 
 Batch = dict[str, Any]
 """Tensors and plain numbers by name; the keys are listed at each collator."""
 
 _DUMMY_TOKENS = 2
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The data sets that a micro-batch's trained tokens are of, and Σ weight of each in it."""
+
+    names: tuple[str, ...]
+    weights: list[float]
+
+
+def add_groups(
+    batch: Batch, names: tuple[str, ...], owners: Int32Array, counts: Int32Array, weights: Float64Array
+) -> None:
+    """Add `trained_groups` int64 [K], the data set of each trained position, and `groups`, a `Groups`.
+
+    `owners` [samples]: the data set of each sample, in the order of the row; `counts`, `weights` [samples]: its trained
+    positions and their Σ weight.
+    """
+    batch["trained_groups"] = torch.from_numpy(np.repeat(owners, counts).astype(np.int64))
+    batch["groups"] = Groups(names, np.bincount(owners, weights, minlength=len(names)).tolist())
 
 
 class Collator(Protocol):

@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from eft.core.errors import DataError
-from eft.core.records import Int32Array, TokenSample
+from eft.core.records import TokenSample
 from eft.data.alignment import escaped, exact_offsets, foreign_specials, labelled, special_text
 from eft.data.fast_tokenizer import FastTokenizer
 from eft.data.formats import Example
@@ -126,10 +126,10 @@ class ConversationEncoder:
 
     def _labelled(self, texts: list[Text]) -> list[TokenSample]:
         """The samples of texts that are tokenised as they stand."""
-        found: list[tuple[Int32Array, Int32Array] | None] = [None] * len(texts)
+        found: list[TokenSample | None] = [None] * len(texts)
         if isinstance(self._tokenizer, FastTokenizer):
             spans = [text.spans for text in texts]
-            found = self._tokenizer.labelled([text.text for text in texts], spans, self._facts.special_ids)
+            found = self._tokenizer.labelled([text.text for text in texts], spans, self._facts)
         rest = [text for text, ours in zip(texts, found, strict=True) if ours is None]
         encoded: Iterator[Any] = iter(())
         if rest:
@@ -142,7 +142,7 @@ class ConversationEncoder:
             )
             encoded = zip(batch["input_ids"], batch["offset_mapping"], strict=True)
         return [
-            self._aligned(text, *next(encoded)) if ours is None else TokenSample(*ours)
+            self._aligned(text, *next(encoded)) if ours is None else ours
             for text, ours in zip(texts, found, strict=True)
         ]
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from eft.core.records import Message, TokenDataset
+from eft.data.gates import GateReport
 from eft.data.ledger import Ledger
 
 
@@ -20,5 +21,9 @@ class DatasetMeta:
     eval_conversations: list[list[Message]] = field(default_factory=list)
     eval_tools: list[list[dict[str, Any]] | None] = field(default_factory=list)
     cache_note: str = ""
+    processor: Any = None
+    """Of rows with images."""
     keys_read: frozenset[str] = frozenset()
     """Config keys that the preparation read."""
+    gates: GateReport | None = None
+    """What the gates found; None where they were not asked."""

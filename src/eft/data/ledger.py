@@ -3,6 +3,8 @@
     raw tokens  = trainable + context + truncated + held out + dropped (by reason)
     rows        = samples + held out + dropped (by reason) − further samples (beyond the first of their row)
 
+and where the mixture repeats samples, less what it repeats: `samples`, `trainable` and `context` count each time.
+
 `raw` is counted when rows are tokenised; `trainable` and `context` are counted on the samples that are trained or
 evaluated in the end. `check` compares the two, so that a sample lost in between cannot go unnoticed.
 """
@@ -16,9 +18,20 @@ from typing import Any, Literal
 from eft.core.errors import PromiseBroken
 
 Reason = Literal[
-    "malformed", "template", "too_short", "too_long", "no_trainable_tokens", "duplicate", "held_out_duplicate"
+    "malformed",
+    "template",
+    "too_short",
+    "too_long",
+    "no_trainable_tokens",
+    "duplicate",
+    "held_out_duplicate",
+    "over_cap",
+    "not_drawn",
+    "not_reached",
 ]
-"""Why a row is dropped. Rows that are malformed or defeat the chat template have no tokens: only rows are counted."""
+"""Why a row is dropped. Rows that are malformed or defeat the chat template have no tokens: only rows are counted.
+
+`not_reached`: read from a stream, and still in its buffer when the run ended."""
 
 ROWS_KEPT = 20
 """Rows named per reason."""
@@ -66,9 +79,13 @@ class SourceLedger:
     truncated_rows: int = 0
     truncated: int = 0
     """Tokens cut off the ends of over-long samples."""
+    repeated: Portion = field(default_factory=Portion)
+    """Samples of an epoch beyond the first time of each; counted in `samples`, `trainable` and `context`."""
     held_out: Portion = field(default_factory=Portion)
     """Moved to evaluation by `val_set_size`."""
     dropped: dict[str, Portion] = field(default_factory=dict)
+    rounds: int = 0
+    """How often a stream has come to its end and begun anew; rows are counted in every round."""
 
     def drop(self, reason: Reason, row: str, tokens: int) -> None:
         """Count a dropped row of `tokens` tokens."""
@@ -90,6 +107,13 @@ class SourceLedger:
             portion.first_rows = [_renamed(row, names) for row in portion.first_rows]
 
     @property
+    def epochs(self) -> float:
+        """How often the samples that may be trained come in an epoch, on average."""
+        not_drawn = self.dropped["not_drawn"].rows if "not_drawn" in self.dropped else 0
+        available = self.samples - self.repeated.rows + not_drawn
+        return self.samples / available if available else 0.0
+
+    @property
     def dropped_rows(self) -> int:
         return sum(portion.rows for portion in self.dropped.values())
 
@@ -100,19 +124,21 @@ class SourceLedger:
     def check(self) -> None:
         """Raise PromiseBroken, with the numbers, unless rows and tokens balance to the last one."""
         where = f"{self.name} ({self.split})"
+        less = f" − repeated {self.repeated.rows} rows {self.repeated.tokens} tokens" if self.repeated.rows else ""
         dropped = ", ".join(f"{name} {p.rows} rows {p.tokens} tokens" for name, p in self.dropped.items()) or "nothing"
         accounted = self.trainable + self.context + self.truncated + self.held_out.tokens + self.dropped_tokens
+        accounted -= self.repeated.tokens
         if accounted != self.raw:
             raise PromiseBroken(
                 f"E5: the tokens of {where} do not balance: {self.raw} raw, but trainable {self.trainable} + context "
                 f"{self.context} + truncated {self.truncated} + held out {self.held_out.tokens} + dropped "
-                f"{self.dropped_tokens} = {accounted} (dropped: {dropped})"
+                f"{self.dropped_tokens}{less} = {accounted} (dropped: {dropped})"
             )
-        rows = self.samples + self.held_out.rows + self.dropped_rows - self.further_samples
+        rows = self.samples + self.held_out.rows + self.dropped_rows - self.further_samples - self.repeated.rows
         if rows != self.rows:
             raise PromiseBroken(
                 f"E5: the rows of {where} do not balance: {self.rows} read, but samples {self.samples} + held out "
-                f"{self.held_out.rows} + dropped {self.dropped_rows} − further samples {self.further_samples} = "
+                f"{self.held_out.rows} + dropped {self.dropped_rows} − further samples {self.further_samples}{less} = "
                 f"{rows} (dropped: {dropped})"
             )
 
@@ -123,6 +149,7 @@ class SourceLedger:
     def from_json(cls, value: dict[str, Any]) -> SourceLedger:
         parts = dict(value)
         parts["held_out"] = Portion(**value["held_out"])
+        parts["repeated"] = Portion(**value.get("repeated", {}))
         parts["dropped"] = {reason: Portion(**portion) for reason, portion in value["dropped"].items()}
         return cls(**parts)
 
@@ -139,6 +166,8 @@ class Ledger:
     """The accounts of all data sets of a run, training data first."""
 
     sources: list[SourceLedger] = field(default_factory=list)
+    gates: dict[str, Any] | None = None
+    """What the gates found, JSON-able (`gates.GateReport`)."""
 
     def check(self) -> None:
         """Raise PromiseBroken naming the first data set that does not balance."""
@@ -160,11 +189,13 @@ class Ledger:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able mapping; `from_json` is its inverse."""
-        return {"sources": [source.to_json() for source in self.sources]}
+        sources = [source.to_json() for source in self.sources]
+        return {"sources": sources} if self.gates is None else {"sources": sources, **self.gates}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Ledger:
-        return cls([SourceLedger.from_json(source) for source in value["sources"]])
+        gates = {name: part for name, part in value.items() if name != "sources"}
+        return cls([SourceLedger.from_json(source) for source in value["sources"]], gates or None)
 
 
 def _total(sources: Iterable[SourceLedger]) -> SourceLedger:
@@ -182,7 +213,7 @@ def _total(sources: Iterable[SourceLedger]) -> SourceLedger:
             "truncated",
         ):
             setattr(total, name, getattr(total, name) + getattr(source, name))
-        for portion, into in [(source.held_out, total.held_out)] + [
+        for portion, into in [(source.held_out, total.held_out), (source.repeated, total.repeated)] + [
             (portion, total.dropped.setdefault(reason, Portion())) for reason, portion in source.dropped.items()
         ]:
             into.rows += portion.rows
@@ -202,7 +233,7 @@ def _cells(source: SourceLedger) -> list[str]:
     return [
         source.name if source.split == "train" else f"{source.name} (evaluation)",
         f"{source.rows:,}",
-        f"{source.samples:,}",
+        f"{source.samples:,}" + (f" (× {source.epochs:.3g})" if source.epochs not in (0.0, 1.0) else ""),
         f"{source.raw:,}",
         f"{source.trainable:,}{share}",
         f"{source.context:,}",

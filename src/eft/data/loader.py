@@ -12,13 +12,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from eft.core.records import Int32Array, TokenDataset
 from eft.data.balance import bin_costs, share_step
-from eft.data.collators import Batch, Collator
+from eft.data.collators import Batch, Collator, add_groups
 from eft.data.plan import EvalPlan, Plan, StepPlan
+from eft.data.sample_set import SampleSet
+from eft.data.stream_plan import StreamPlan, StreamStep
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,46 @@ class TrainSampler(Sampler[MicroBatch]):
         return share_step(step, costs, self._world_size, self._accumulation, self._micro_batch_size)[self._rank]
 
 
+@dataclass(frozen=True)
+class StreamMicroBatch:
+    """The samples themselves of one forward pass, as numbers of `step.samples`."""
+
+    step: StreamStep
+    bins: list[Int32Array]
+
+
+class StreamSampler(Sampler[StreamMicroBatch]):
+    """As `TrainSampler`, over a stream. Every rank makes the same steps and takes its share of each."""
+
+    def __init__(
+        self,
+        plan: StreamPlan,
+        *,
+        rank: int,
+        world_size: int,
+        accumulation: int,
+        micro_batch_size: int,
+        cursor: Callable[[], int],
+        cost_ratio: float,
+    ) -> None:
+        assert 0 <= rank < world_size
+        assert plan.global_batch_size <= world_size * accumulation * micro_batch_size
+        self._plan = plan
+        self._rank = rank
+        self._shape = (world_size, accumulation, micro_batch_size)
+        self._cursor = cursor
+        self._cost_ratio = cost_ratio
+
+    def __len__(self) -> int:
+        return self._plan.total_steps * self._shape[1]
+
+    def __iter__(self) -> Iterator[StreamMicroBatch]:
+        for step in self._plan.steps_from(self._cursor()):
+            costs = bin_costs(step.lengths, step.plan.bins, self._cost_ratio)
+            for bins in share_step(step.plan, costs, *self._shape)[self._rank]:
+                yield StreamMicroBatch(step, bins)
+
+
 class EvalSampler(Sampler[MicroBatch]):
     """This rank's share of an evaluation: batches of `batch_size` bins go to the ranks in turn.
 
@@ -105,12 +148,38 @@ class _MicroBatches(Dataset[Batch]):
     def __init__(self, dataset: TokenDataset, collator: Collator) -> None:
         self._dataset = dataset
         self._collator = collator
+        self._names: tuple[str, ...] = ()
+        if isinstance(dataset, SampleSet) and len(dataset.group_names) > 1:
+            self._names, self._owners = dataset.group_names, dataset.groups()
 
     def __getitem__(self, micro_batch: MicroBatch) -> Batch:
         batch = self._collator([[self._dataset.sample(i) for i in ids.tolist()] for ids in micro_batch.bins])
         batch["step"] = micro_batch.step
         batch["step_weight"] = micro_batch.step_weight
         batch["step_tokens"] = micro_batch.step_tokens
+        if self._names:
+            ids = np.concatenate([np.zeros(0, np.int32), *micro_batch.bins])
+            counts, weights = self._dataset.trainable_counts[ids], self._dataset.weight_sums[ids]
+            add_groups(batch, self._names, self._owners[ids], counts, weights)
+        return batch
+
+
+class _StreamBatches(Dataset[Batch]):
+    """Collates what a `StreamSampler` gives."""
+
+    def __init__(self, plan: StreamPlan, collator: Collator) -> None:
+        self._names = tuple(source.name for source in plan.dataset.sources)
+        self._collator = collator
+
+    def __getitem__(self, micro_batch: StreamMicroBatch) -> Batch:
+        step = micro_batch.step
+        batch = self._collator([[step.samples[i] for i in ids.tolist()] for ids in micro_batch.bins])
+        batch["step"] = step.plan.step
+        batch["step_weight"] = step.plan.weight
+        batch["step_tokens"] = step.plan.tokens
+        if len(self._names) > 1:
+            ids = np.concatenate([np.zeros(0, np.int32), *micro_batch.bins])
+            add_groups(batch, self._names, step.owners[ids], step.trained[ids], step.weights[ids])
         return batch
 
 
@@ -170,7 +239,32 @@ def build_train_loader(
         cursor=cursor,
         cost_ratio=cost_ratio,
     )
-    return _loader(dataset, collator, sampler, num_workers, pin_memory, prefetch_factor)
+    return _loader(_MicroBatches(dataset, collator), sampler, num_workers, pin_memory, prefetch_factor)
+
+
+def build_stream_loader(
+    plan: StreamPlan,
+    collator: Collator,
+    *,
+    rank: int,
+    world_size: int,
+    accumulation: int,
+    micro_batch_size: int,
+    cursor: Callable[[], int],
+    pin_memory: bool = False,
+    cost_ratio: float = 0.0,
+) -> DataLoader[Batch]:
+    """As `build_train_loader`, over a stream, whose rows are tokenised by threads or processes of its own."""
+    sampler = StreamSampler(
+        plan,
+        rank=rank,
+        world_size=world_size,
+        accumulation=accumulation,
+        micro_batch_size=micro_batch_size,
+        cursor=cursor,
+        cost_ratio=cost_ratio,
+    )
+    return _loader(_StreamBatches(plan, collator), sampler, 0, pin_memory, 2)
 
 
 def build_eval_loader(
@@ -187,19 +281,14 @@ def build_eval_loader(
 ) -> DataLoader[Batch]:
     """As the training loader, over an evaluation split; `step_weight` is Σ weight of the whole split on every batch."""
     sampler = EvalSampler(eval_plan, rank=rank, world_size=world_size, batch_size=batch_size)
-    return _loader(dataset, collator, sampler, num_workers, pin_memory, prefetch_factor)
+    return _loader(_MicroBatches(dataset, collator), sampler, num_workers, pin_memory, prefetch_factor)
 
 
 def _loader(
-    dataset: TokenDataset,
-    collator: Collator,
-    sampler: Sampler[MicroBatch],
-    num_workers: int,
-    pin_memory: bool,
-    prefetch_factor: int,
+    batches: Dataset[Batch], sampler: Sampler[Any], num_workers: int, pin_memory: bool, prefetch_factor: int
 ) -> DataLoader[Batch]:
     return _Loader(
-        _MicroBatches(dataset, collator),
+        batches,
         batch_size=None,
         sampler=sampler,
         collate_fn=_as_is,

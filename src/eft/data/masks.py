@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from eft.config.data import DataConfig, DatasetConfig, EndTokens
 from eft.data.formats import UNMARKED, TurnMark
-from eft.data.turns import Layout, Span, UnprovableError
+from eft.data.turns import Layout, Span, UnprovableError, has_generation_tag
 
 _EMPTY_REASONING = re.compile(r"\s*(?:<think>)?\s*</think>\s*")
 
@@ -32,16 +32,23 @@ class MaskRules:
     refuses: bool = True
     """A row that contains the text of a special token is refused."""
     eot_tokens: tuple[str, ...] | None = None
+    follows_tags: bool = False
+    """What the template's `{% generation %}` tags mark is trained."""
 
     @classmethod
-    def of(cls, spec: DatasetConfig, cfg: DataConfig) -> MaskRules:
-        """The rules that the keys of an entry, and the global ones, mean. Reads only those that decide something."""
+    def of(cls, spec: DatasetConfig, cfg: DataConfig, template: str = "") -> MaskRules:
+        """The rules that the keys of an entry, and the global ones, mean. Reads only those that decide something.
+
+        A template's `{% generation %}` tags count where the user asks for nothing else than what is trained by default.
+        """
         in_content = spec.special_tokens_in_content
         chosen = cfg.train_on_inputs if spec.train_on_inputs is None else spec.train_on_inputs
         escapes, refuses = in_content == "escape", in_content == "error"
         if chosen:
             return cls(frozenset(), train_on_inputs=True, escapes=escapes, refuses=refuses)
         eot = spec.train_on_eos if spec.train_on_eot is None else spec.train_on_eot
+        asks_nothing = spec.roles_to_train == ["assistant"] and spec.train_on_eos == eot == "turn"
+        asks_nothing = asks_nothing and cfg.eot_tokens is None
         return cls(
             frozenset(spec.roles_to_train),
             spec.turns_to_train == "last",
@@ -49,6 +56,7 @@ class MaskRules:
             eot,
             splits_history=spec.rewritten_history == "split",
             eot_tokens=None if cfg.eot_tokens is None else tuple(cfg.eot_tokens),
+            follows_tags=asks_nothing and has_generation_tag(template) and spec.generation_tags == "follow",
             escapes=escapes,
             refuses=refuses,
         )
@@ -107,6 +115,8 @@ class _Conversation:
                     raise self._with_remedy(error) from error
                 left.append(turn)
         spans += self._end_tokens_of_others(trained)
+        if self.rules.follows_tags and not left and not any(mark != UNMARKED for mark in self.marks):
+            spans += self._other_tags(spans)
         apart = self._apart(left, trained[-1]) if left else []
         return [*apart, Rendering(self.layout, spans)] if spans or not apart else apart
 
@@ -153,6 +163,13 @@ class _Conversation:
             left = still_left
         return found[::-1]
 
+    def _other_tags(self, spans: list[Span]) -> list[Span]:
+        """What the template's tags mark beside the turns of the assistant."""
+        if self.rules.last_turn_only:
+            return []
+        known = {(span.start, span.stop) for span in spans}
+        return [span for span in self.layout.tagged if (span.start, span.stop) not in known]
+
     # ---- one turn ----
 
     def _turn_spans(self, layout: Layout, turn: int, *, is_last: bool) -> Iterator[Span]:
@@ -165,6 +182,10 @@ class _Conversation:
         layout.require_written(turn, Span(start, stop))
         if is_assistant:
             layout.require_as_written(turn, stop, end)
+        if is_assistant and self.rules.follows_tags and mark.train is None and not mark.parts:
+            last = stop if end is None else end.stop
+            tagged = [span for span in layout.tagged if span.start < last and span.stop > start]
+            return iter([Span(span.start, span.stop, mark.weight) for span in tagged])
         spans = list(self._text_spans(layout, turn, start, stop)) if mark.parts else [Span(start, stop, mark.weight)]
         if end is not None and mark.weight > 0 and self._trains_end(layout, end, is_trained=True, is_last=is_last):
             spans.append(

@@ -13,14 +13,17 @@ otherwise be graded on text it was trained on. Samples that share only their pro
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
 from eft.core.errors import ConfigError, DataError
-from eft.core.records import Int64Array
+from eft.core.records import Int32Array, Int64Array
 from eft.data.sample_set import Digests
+from eft.data.shares import SourceShare, draw
 
 BoolArray = npt.NDArray[np.bool_]
 UInt64Array = npt.NDArray[np.uint64]
@@ -28,6 +31,7 @@ UInt64Array = npt.NDArray[np.uint64]
 # Streams of the seed: the split must not move when the order does, nor the other way round.
 _SPLIT_STREAM = 1
 _ORDER_STREAM = 2
+_DRAW_STREAM = 3
 
 
 def random_order(count: int, seed: int, stream: int) -> Int64Array:
@@ -87,10 +91,9 @@ def _first_half(digests: Digests) -> UInt64Array:
     return np.ascontiguousarray(digests).view(np.uint64).reshape(-1, 2)[:, 0]
 
 
-def row_ranks(row_keys: UInt64Array, seed: int) -> UInt64Array:
+def row_ranks(row_keys: UInt64Array, seed: int, stream: int = _SPLIT_STREAM) -> UInt64Array:
     """A random number per row, uint64 [rows], the same for equal rows; the lowest are held out first."""
-    stream = np.random.PCG64(np.random.SeedSequence([seed, _SPLIT_STREAM])).random_raw(1)
-    mixed = row_keys ^ stream
+    mixed = row_keys ^ np.random.PCG64(np.random.SeedSequence([seed, stream])).random_raw(1)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # the finaliser of SplitMix64
         mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
     return mixed ^ (mixed >> np.uint64(31))
@@ -113,7 +116,8 @@ def _held_out(candidates: Int64Array, rows: Int64Array, row_keys: UInt64Array, s
 
 @dataclass(frozen=True)
 class Mixture:
-    """What becomes of each of `count` samples: every index 0..count-1 is in exactly one of the four arrays."""
+    """What becomes of each of `count` samples: every index 0..count-1 is in exactly one of the six arrays, and only in
+    `train` possibly several times."""
 
     train: Int64Array
     """In the order of the epoch's sample list, before the plan's own shuffle."""
@@ -123,6 +127,10 @@ class Mixture:
     """Equal to an earlier sample (ids, labels, weights), ascending; empty without deduplication."""
     held_out_duplicates: Int64Array
     """Left out of training because their ids equal a held-out sample's, ascending."""
+    over_cap: Int64Array
+    """Of rows beyond `max_rows` or `max_tokens`."""
+    not_drawn: Int64Array
+    """Left out by a `weight` below 1 or a `token_share`."""
 
 
 def mix(
@@ -136,8 +144,13 @@ def mix(
     deduplicate: bool,
     val_set_size: float,
     test_id_digests: Digests | None = None,
+    lengths: Int32Array | None = None,
+    sizes: Sequence[int] = (),
+    shares: Sequence[SourceShare] = (),
+    epoch_tokens: int | None = None,
 ) -> Mixture:
-    """Deduplicate, then draw the held-out part, then remove its duplicates (and those of the test sets) from training.
+    """Deduplicate, then draw the held-out part, then remove its duplicates (and those of the test sets) from training,
+    then repeat or leave out samples of each data set as it asks (`shares`; `sizes` has the samples of each).
 
     `id_digests`, `sample_digests`: S16 [samples], all data sets one after the other; `rows`: a number ≥ 0 per sample,
     int64, equal for neighbours of the same row; `row_keys`: a hash of each sample's row, uint64; `test_id_digests`: of
@@ -159,9 +172,22 @@ def mix(
             f"nothing is left to train on: of {count} samples {count - len(candidates)} are duplicates, "
             f"{len(held_out)} are held out and {int(leaks.sum())} equal a held-out one; hold out other rows, or fewer"
         )
+    over_cap = not_drawn = np.zeros(0, dtype=np.int64)
+    if lengths is not None and any(share != SourceShare() for share in shares):
+        bounds = np.searchsorted(train, np.cumsum([0, *sizes])).tolist()
+        parts = [train[first:last] for first, last in pairwise(bounds)]
+        ranks = [row_ranks(row_keys[part], seed, _DRAW_STREAM).astype(np.int64) for part in parts]
+        drawn = draw(parts, ranks, [rows[p] for p in parts], [lengths[p] for p in parts], shares, epoch_tokens)
+        train = np.concatenate([one.taken for one in drawn])
+        over_cap = np.concatenate([one.over_cap for one in drawn])
+        not_drawn = np.concatenate([one.not_drawn for one in drawn])
+        if not len(train):
+            raise DataError("nothing is left to train on: `weight`, `token_share` and caps leave out every sample")
     return Mixture(
         train=train[merged_order(len(train), seed, shuffle=shuffle)],
         held_out=held_out,
         duplicates=np.flatnonzero(~unique),
         held_out_duplicates=np.flatnonzero(leaks),
+        over_cap=over_cap,
+        not_drawn=not_drawn,
     )

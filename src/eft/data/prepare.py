@@ -12,6 +12,7 @@ import importlib
 import inspect
 import shutil
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -30,15 +31,18 @@ from eft.data.cache import StoreKey, prepared_location
 from eft.data.chat_template import template_of
 from eft.data.entry import Progress, write_entry
 from eft.data.formats import gives_conversations, resolve_format
+from eft.data.gates_entry import GatedEntry
 from eft.data.ledger import ROWS_KEPT, Ledger, Portion, SourceLedger
+from eft.data.masking_code import libraries, masking_code
 from eft.data.mixture import Mixture, mix
 from eft.data.sample_set import SampleSet, TokenView
+from eft.data.shares import SourceShare
 from eft.data.sources import source_fingerprint, source_names
 from eft.data.speed import num_processes, with_fast_tokenizer
 from eft.data.store import TokenStore, open_store
 from eft.data.store_writer import STORE_VERSION, StoreWriter
-from eft.data.tokenize import MASKING_VERSION, tokenizer_fingerprint
-from eft.data.workers import WorkerDiedError
+from eft.data.tokenize import tokenizer_fingerprint
+from eft.data.workers import WorkerDiedError, Workers
 
 __all__ = ["PreparedData", "prepare_datasets", "prepared_location"]
 
@@ -60,6 +64,8 @@ class PreparedData:
     """Up to MAX_CONVERSATIONS held-out conversations; empty for formats without turns."""
     eval_tools: list[list[dict[str, Any]] | None] = field(default_factory=list)
     """The tool definitions of each of `eval_conversations`."""
+    entries: list[GatedEntry] = field(default_factory=list)
+    """Every data set by itself, training data first, for the gates."""
 
 
 @dataclass
@@ -67,6 +73,7 @@ class _Prepared:
     store: TokenStore
     account: SourceLedger
     note: str
+    template: str | None
 
 
 def prepare_datasets(cfg: DataConfig, tokenizer: Any, *, progress: Progress | None = None) -> PreparedData:
@@ -77,7 +84,7 @@ def prepare_datasets(cfg: DataConfig, tokenizer: Any, *, progress: Progress | No
     if cfg.test_datasets and cfg.val_set_size:
         raise ConfigError("test_datasets and val_set_size exclude each other: keep one of them")
     location = prepared_location(cfg)
-    report = progress or (lambda what, done, total: None)
+    report = progress or (lambda what, done, total, speed: None)
     trains = [_prepare_entry(spec, "train", cfg, tokenizer, location, report) for spec in cfg.datasets]
     tests = [_prepare_entry(spec, "eval", cfg, tokenizer, location, report) for spec in cfg.test_datasets or ()]
     mixture = mix(
@@ -90,23 +97,51 @@ def prepare_datasets(cfg: DataConfig, tokenizer: Any, *, progress: Progress | No
         deduplicate=cfg.dataset_exact_deduplication,
         val_set_size=cfg.val_set_size,
         test_id_digests=np.concatenate([entry.store.id_digests for entry in tests]) if tests else None,
+        lengths=np.concatenate([entry.store.lengths for entry in trains]),
+        sizes=[len(entry.store) for entry in trains],
+        shares=[SourceShare.of(spec) for spec in cfg.datasets],
+        epoch_tokens=epoch_tokens_of(cfg),
     )
-    stores = [entry.store for entry in trains]
+    stores, sources = [entry.store for entry in trains], names_of(cfg.datasets)
     evals: dict[str, SampleSet] = {}
     if tests:
         names = _eval_names(cfg.test_datasets or [])
         evals = {name: entry.store for name, entry in zip(names, tests, strict=True)}
     elif len(mixture.held_out):
-        evals = {"eval": TokenView(stores, mixture.held_out)}
+        evals = {"eval": TokenView(stores, mixture.held_out, sources)}
     _account_mixture(trains, mixture)
     ledger = Ledger([entry.account for entry in (*trains, *tests)])
     ledger.check()
     conversations = _conversations(list(evals.values()))
     return PreparedData(
-        train=TokenView(stores, mixture.train),
+        train=TokenView(stores, mixture.train, sources),
         evals=dict(evals),
         ledger=ledger,
         cache_note="\n".join(entry.note for entry in (*trains, *tests)),
+        eval_conversations=[conversation["messages"] for conversation in conversations],
+        eval_tools=[conversation["tools"] for conversation in conversations],
+        entries=_gated(cfg, tokenizer, trains, tests),
+    )
+
+
+def prepare_held_out(cfg: DataConfig, tokenizer: Any, *, progress: Progress | None = None) -> PreparedData:
+    """`test_datasets` alone, for training data that are not prepared; `train` has no samples then.
+
+    Raises DataError, PromiseBroken.
+    """
+    location = prepared_location(cfg)
+    report = progress or (lambda what, done, total, speed: None)
+    specs = cfg.test_datasets or []
+    tests = [_prepare_entry(spec, "eval", cfg, tokenizer, location, report) for spec in specs]
+    ledger = Ledger([entry.account for entry in tests])
+    ledger.check()
+    stores = [entry.store for entry in tests]
+    conversations = _conversations(list(stores)) if stores else []
+    return PreparedData(
+        train=None,  # type: ignore[arg-type]  # set by the caller, who has the stream
+        evals=dict(zip(_eval_names(specs), stores, strict=True)) if specs else {},
+        ledger=ledger,
+        cache_note="\n".join(entry.note for entry in tests),
         eval_conversations=[conversation["messages"] for conversation in conversations],
         eval_tools=[conversation["tools"] for conversation in conversations],
     )
@@ -124,7 +159,7 @@ def _prepare_entry(
     report: Progress,
 ) -> _Prepared:
     resolve_format(spec)  # a wrong `type` is told before anything is read
-    template = _template_of(spec, cfg, tokenizer)
+    template = template_for(spec, cfg, tokenizer)
     key, values = _key_of(spec, tokenizer, template), cache.values_of(spec, cfg)
     store = cache.reusable(location, key, values)
     note = f"{spec.path}: reused {store.path}" if store is not None else ""
@@ -132,7 +167,7 @@ def _prepare_entry(
         cache.create_location(location)
         cache.remove_abandoned(location)
         waiting = f"{spec.path}: another process is preparing it"
-        with cache.exclusive(location, key, values, lambda: report(waiting, 0, None)) as partial:
+        with cache.exclusive(location, key, values, lambda: report(waiting, 0, None, "")) as partial:
             store = cache.reusable(location, key, values)  # the other process may have finished it meanwhile
             if store is not None:
                 note = f"{spec.path}: reused {store.path}"
@@ -150,7 +185,8 @@ def _prepare_entry(
     account = SourceLedger.from_json(store.meta["ledger"])
     account.name, account.split = spec.path, split
     account.rename_files(dict(zip(store.meta["files_read"], names, strict=True)))
-    return _Prepared(store.with_sources(dict(zip(store.meta["files_read"], names, strict=True))), account, note)
+    renamed = dict(zip(store.meta["files_read"], names, strict=True))
+    return _Prepared(store.with_sources(renamed), account, note, template)
 
 
 def _build(partial: Path, location: Path, key: StoreKey, job: Job, report: Progress) -> tuple[TokenStore, str]:
@@ -158,11 +194,14 @@ def _build(partial: Path, location: Path, key: StoreKey, job: Job, report: Progr
     spec, cfg = job.spec, job.cfg
     try:
         partial.mkdir(exist_ok=True)
-        with StoreWriter(partial) as writer:
+        count = num_processes(job)
+        with StoreWriter(partial) as writer, Workers(count) if count > 1 else nullcontext() as workers:
             resumed = writer.num_blocks
             job, remark = with_fast_tokenizer(job)
-            tally = write_entry(writer, job, num_processes(job), report)
+            tally = write_entry(writer, job, workers, report)
             tally.account.check()
+            if source_fingerprint(spec) != key["rows"]:
+                raise DataError(f"{spec.path}: was changed while it was prepared; run again once it is finished")
             uses = cache.uses_of(tally, spec, cfg)
             keys = {"spec": sorted(tally.spec_keys), "cfg": sorted(tally.cfg_keys)}
             meta = {
@@ -191,7 +230,7 @@ def _build(partial: Path, location: Path, key: StoreKey, job: Job, report: Progr
     return open_store(folder), remark + (f"; went on after {resumed} finished blocks" if resumed else "")
 
 
-def _template_of(spec: DatasetConfig, cfg: DataConfig, tokenizer: Any) -> str | None:
+def template_for(spec: DatasetConfig, cfg: DataConfig, tokenizer: Any) -> str | None:
     """The template's text, for formats that give conversations."""
     needed = gives_conversations(spec)
     if needed is False:
@@ -213,17 +252,33 @@ def _key_of(spec: DatasetConfig, tokenizer: Any, template: str | None) -> StoreK
     is_tokenised = type_ in (None, "pretokenized")
     return {
         "store version": STORE_VERSION,
-        "masking version": MASKING_VERSION,
+        "masking code": masking_code(),
+        "libraries": None if is_tokenised else libraries(),
         "rows": source_fingerprint(spec),
         # Ids that are given depend on the tokenizer only by the number of its tokens.
-        "tokenizer": f"{len(tokenizer)} tokens" if is_tokenised else tokenizer_fingerprint(tokenizer),
+        "tokenizer": f"{len(tokenizer)} tokens" if is_tokenised else tokenizer_fingerprint(tokenizer, template),
         "template": None if template is None else hash_bytes(template.encode()),
         "type": type_ or "pretokenized",
         "function": function,
     }
 
 
+def _gated(cfg: DataConfig, tokenizer: Any, trains: list[_Prepared], tests: list[_Prepared]) -> list[GatedEntry]:
+    """What the gates need of each data set."""
+    names = names_of(cfg.datasets) + [f"{name} (evaluation)" for name in names_of(cfg.test_datasets or [])]
+    specs = [*cfg.datasets, *(cfg.test_datasets or ())]
+    return [
+        GatedEntry(name, spec, cfg, entry.store, entry.account, tokenizer, entry.template)
+        for name, spec, entry in zip(names, specs, [*trains, *tests], strict=True)
+    ]
+
+
 # ---- all entries ---------------------------------------------------------------------------------------------------
+
+
+def epoch_tokens_of(cfg: DataConfig) -> int | None:
+    """`epoch_tokens`, read where a data set has a share that it decides (E8)."""
+    return cfg.epoch_tokens if any(spec.token_share is not None for spec in cfg.datasets) else None
 
 
 def _rows(stores: list[TokenStore]) -> Int64Array:
@@ -235,9 +290,12 @@ def _rows(stores: list[TokenStore]) -> Int64Array:
 
 
 def _eval_names(specs: list[DatasetConfig]) -> list[str]:
-    """`eval` for a single one, else each one's `name` or file stem, numbered where several share it."""
-    if len(specs) == 1:
-        return ["eval"]
+    """`eval` for a single one, else as `names_of`."""
+    return ["eval"] if len(specs) == 1 else names_of(specs)
+
+
+def names_of(specs: list[DatasetConfig]) -> list[str]:
+    """A short name for each data set: its `name` or file stem, numbered where several share it."""
     names: list[str] = []
     taken: Counter[str] = Counter()
     for spec in specs:
@@ -259,7 +317,15 @@ def _account_mixture(trains: list[_Prepared], mixture: Mixture) -> None:
         account.trainable = int(store.trainable_counts[train].sum(dtype=np.int64))
         account.context = int(store.lengths[train].sum(dtype=np.int64)) - account.trainable
         account.held_out = _portion(store, np.sort(_within(mixture.held_out, start, end)))
-        for reason, indices in (("duplicate", mixture.duplicates), ("held_out_duplicate", mixture.held_out_duplicates)):
+        times = np.bincount(train, minlength=len(store))
+        more = np.maximum(times - 1, 0)
+        account.repeated = Portion(int(more.sum()), int((more * store.lengths).sum(dtype=np.int64)))
+        for reason, indices in (
+            ("duplicate", mixture.duplicates),
+            ("held_out_duplicate", mixture.held_out_duplicates),
+            ("over_cap", mixture.over_cap),
+            ("not_drawn", mixture.not_drawn),
+        ):
             portion = _portion(store, _within(indices, start, end))
             if portion.rows:
                 account.dropped[reason] = portion

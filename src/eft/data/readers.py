@@ -336,7 +336,7 @@ def _read_arrow(file: Path) -> Iterator[Block]:
     with memory:
         try:
             stream = pa.ipc.open_stream(memory)
-        except pa.ArrowException:
+        except (pa.ArrowException, OSError):
             memory.seek(0)
             stream = None
         if stream is not None:
@@ -344,7 +344,7 @@ def _read_arrow(file: Path) -> Iterator[Block]:
             return
         try:
             table = pa.ipc.open_file(memory)
-        except pa.ArrowException as error:
+        except (pa.ArrowException, OSError) as error:
             raise DataError(f"{file}: cannot be read as Arrow ({error})") from error
         yield from _batch_blocks(file, (table.get_batch(index) for index in range(table.num_record_batches)))
 
@@ -353,6 +353,7 @@ def _batch_blocks(file: Path, batches: Any) -> Iterator[Block]:
     number = 0
     try:
         for batch in batches:
+            batch.validate(full=True)  # offsets of a damaged file would be followed out of the memory
             for start in range(0, len(batch), BLOCK_ROWS):
                 part = batch.slice(start, BLOCK_ROWS)
                 yield Block(str(file), "arrow", number + 1, batch_to_bytes(part))

@@ -57,6 +57,12 @@ class SampleSet(ABC):
     """SHA-256 of the sample digests in order: equal samples in equal order have equal fingerprints."""
 
     column_names: Sequence[str] = ("input_ids", "labels")
+    group_names: tuple[str, ...] = ()
+    """The data sets that the samples come from, where that is known."""
+
+    def groups(self) -> Int32Array:
+        """Which of `group_names` each sample comes from, int32 [samples]."""
+        return np.zeros(len(self), np.int32)
 
     @abstractmethod
     def sample(self, index: int) -> TokenSample:
@@ -102,10 +108,11 @@ class SampleSet(ABC):
 class TokenView(SampleSet):
     """Chosen samples of one or more sample sets, in a chosen order; holds 60 bytes per sample, no tokens."""
 
-    def __init__(self, bases: Sequence[SampleSet], positions: Int64Array):
-        """`positions` int64 [samples] index the concatenation of `bases`."""
+    def __init__(self, bases: Sequence[SampleSet], positions: Int64Array, names: Sequence[str] = ()):
+        """`positions` int64 [samples] index the concatenation of `bases`, which are called `names`."""
         self.bases = list(bases)
         self.positions = positions
+        self.group_names = tuple(names)
         self._starts = np.concatenate([[0], np.cumsum([len(base) for base in bases])]).tolist()
         self.lengths = self._gather("lengths")
         self.weight_sums = self._gather("weight_sums")
@@ -133,6 +140,9 @@ class TokenView(SampleSet):
         """Which base each sample comes from, int64 [samples]."""
         return np.searchsorted(self._starts, self.positions, side="right") - 1
 
+    def groups(self) -> Int32Array:
+        return self.base_ids().astype(np.int32)
+
     def _locate(self, index: int) -> tuple[SampleSet, int]:
         self._check(index)
         position = int(self.positions[index])
@@ -140,7 +150,7 @@ class TokenView(SampleSet):
         return self.bases[number], position - self._starts[number]
 
     def _view(self, chosen: Int64Array) -> TokenView:
-        return TokenView(self.bases, self.positions[chosen])
+        return TokenView(self.bases, self.positions[chosen], self.group_names)
 
     def sample(self, index: int) -> TokenSample:
         base, position = self._locate(index)

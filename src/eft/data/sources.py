@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import pyarrow as pa
 from eft.config.data import DatasetConfig
 from eft.core.errors import DataError, nearest
 from eft.core.hashing import hash_bytes, hash_file
-from eft.data.readers import COMPRESSED, READERS, Block, Numbered, Row, count_rows, row_blocks
+from eft.data.readers import BLOCK_ROWS, COMPRESSED, READERS, Block, Numbered, Row, count_rows, row_blocks
 from eft.data.rows import OnBroken, decoded, rows_of, without_padding
 from eft.data.splits import is_hub, slice_bounds, slice_of, split_name
 
@@ -66,6 +67,15 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 @dataclass(frozen=True)
+class Part:
+    """A file of a data set, or the whole of one that is no file."""
+
+    name: str
+    blocks: Callable[[int], Iterator[Block]]
+    """Its blocks from this number on, the same every time."""
+
+
+@dataclass(frozen=True)
 class _Source:
     """A source that was found: how to read, count and fingerprint it, before any slice of the split."""
 
@@ -76,6 +86,7 @@ class _Source:
     """What its rows are said to be from, in reading order."""
     size: Callable[[], int]
     """Bytes of text, roughly."""
+    parts: list[Part]
 
 
 def iter_blocks(spec: DatasetConfig) -> Iterator[Block]:
@@ -88,6 +99,19 @@ def iter_blocks(spec: DatasetConfig) -> Iterator[Block]:
     if (start, stop) == (0, None):
         return source.blocks()
     return _sliced(source.blocks(), start, stop)
+
+
+def parts_of(spec: DatasetConfig) -> list[Part]:
+    """A data set in parts that can be read in any order, nothing of it counted or copied; a hub data set streams.
+
+    Raises DataError as `iter_blocks` does.
+    """
+    path = Path(spec.path).expanduser()
+    if not path.exists() and _may_be_hub_id(spec):
+        return [_hub_part(spec)]
+    if slice_of(spec) is None:
+        return _find(spec).parts
+    return [Part(spec.path, lambda first: islice(iter_blocks(spec), first, None))]
 
 
 def iter_rows(spec: DatasetConfig, on_broken: OnBroken | None = None) -> Iterator[Row]:
@@ -180,9 +204,13 @@ def _find(spec: DatasetConfig) -> _Source:
         if split_name(spec) != "train":
             raise DataError(f"{spec.path}: a single file has only the split 'train', not {spec.split!r}")
         return _file_source([_regular(path)], spec)
-    if _HUB_ID.fullmatch(spec.path) and not _suffix_of(path):
+    if _may_be_hub_id(spec):
         return _hub_source(spec)
     raise DataError(f"{spec.path}: no such file or folder{_nearest_file(path)}")
+
+
+def _may_be_hub_id(spec: DatasetConfig) -> bool:
+    return bool(_HUB_ID.fullmatch(spec.path)) and not _suffix_of(Path(spec.path))
 
 
 def _regular(file: Path) -> Path:
@@ -300,7 +328,12 @@ def _file_source(files: list[Path], spec: DatasetConfig) -> _Source:
         sizes = (file.stat().st_size * (_COMPRESSION if file.suffix.lower() in COMPRESSED else 1) for file in files)
         return sum(sizes)
 
-    return _Source(blocks, count, fingerprint, [str(file) for file in files], size)
+    parts = [Part(str(file), _reader(file, kind)) for file, kind in zip(files, kinds, strict=True)]
+    return _Source(blocks, count, fingerprint, [str(file) for file in files], size, parts)
+
+
+def _reader(file: Path, kind: str) -> Callable[[int], Iterator[Block]]:
+    return lambda first: islice(READERS[kind](file), first, None)
 
 
 def _content(file: Path) -> str:
@@ -314,17 +347,25 @@ def _content(file: Path) -> str:
 
 
 def _dataset_source(dataset: Any, label: str, fingerprint: Callable[[], str]) -> _Source:
-    def rows() -> Iterator[Numbered]:
-        for number, data in enumerate(dataset.with_format(None), 1):
-            yield number, without_padding(data), None
+    def blocks(first: int = 0) -> Iterator[Block]:
+        start = first * BLOCK_ROWS
+        chosen = dataset.select(range(start, len(dataset))) if start else dataset
+        return row_blocks(label, _numbered(chosen, start))
 
     return _Source(
-        lambda: row_blocks(label, rows()),
+        blocks,
         lambda: len(dataset),
         fingerprint,
         [label],
         lambda: int(dataset.data.nbytes),
+        [Part(label, blocks)],
     )
+
+
+def _numbered(dataset: Any, start: int) -> Iterator[Numbered]:
+    """The rows of a `datasets` object that begins after row `start` of a data set."""
+    for number, data in enumerate(dataset.with_format(None), start + 1):
+        yield number, without_padding(data), None
 
 
 def _saved_source(folder: Path, spec: DatasetConfig) -> _Source:
@@ -358,13 +399,33 @@ def _hub_source(spec: DatasetConfig) -> _Source:
     return _dataset_source(dataset, spec.path, lambda: str(dataset._fingerprint))
 
 
+def _hub_part(spec: DatasetConfig) -> Part:
+    """A hub data set, or files read by one of the loaders of `datasets` (`path: json`), row by row."""
+    files = (spec.data_files,) if isinstance(spec.data_files, str) else tuple(spec.data_files or ())
+    dataset = _hub_dataset(spec.path, spec.name, files, spec.revision, spec.split, streaming=True)
+
+    def blocks(first: int) -> Iterator[Block]:
+        start = first * BLOCK_ROWS
+        return row_blocks(spec.path, _numbered(dataset.skip(start) if start else dataset, start))
+
+    return Part(spec.path, blocks)
+
+
 @lru_cache(maxsize=8)
-def _hub_dataset(path: str, name: str | None, files: tuple[str, ...], revision: str | None, split: str) -> Any:
-    """A hub data set, memory-mapped; kept, so that reading, counting and fingerprinting ask the hub once."""
+def _hub_dataset(
+    path: str, name: str | None, files: tuple[str, ...], revision: str | None, split: str, streaming: bool = False
+) -> Any:
+    """A hub data set, memory-mapped; kept, so that reading, counting and fingerprinting ask the hub once.
+
+    With `streaming` an iterable that downloads no more than is read.
+    """
     import datasets  # heavy, and needed by few
 
+    options: dict[str, Any] = {"data_files": list(files) or None, "revision": revision, "split": split}
+    if streaming:
+        options["streaming"] = True
     try:
-        return datasets.load_dataset(path, name, data_files=list(files) or None, revision=revision, split=split)
+        return datasets.load_dataset(path, name, **options)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         hint = _nearest_file(Path(path)) if Path(path).parent.is_dir() else ""
         problem = f"{type(error).__name__}: {error}"

@@ -22,15 +22,18 @@ FAST_FROM_BYTES = 32 << 20
 """Smaller data sets are done before the fast encoder is ready."""
 PARALLEL_FROM_BYTES = 32 << 20
 """Smaller ones are done before processes have started."""
+MOST_PROCESSES = 6
+"""By default: as many as one process can read and write for, in 1.5 GB together."""
 _SAMPLE_ROWS = 512
 
 
 def num_processes(job: Job) -> int:
-    """`dataset_processes`; by default one per core, and one in all for a small data set."""
+    """`dataset_processes`; by default one per core up to MOST_PROCESSES, and one in all for a small data set."""
     asked = job.cfg.dataset_processes
     if asked is not None:
         return asked
-    return len(os.sched_getaffinity(0)) if size_hint(job.spec) >= PARALLEL_FROM_BYTES else 1
+    cores = len(os.sched_getaffinity(0))
+    return min(cores, MOST_PROCESSES) if size_hint(job.spec) >= PARALLEL_FROM_BYTES else 1
 
 
 def with_fast_tokenizer(job: Job) -> tuple[Job, str]:

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any, cast
@@ -35,6 +36,25 @@ from eft.data.sample_set import SampleSet
 from eft.data.store_writer import META_FILE, StoreWriter, conversations_file, tokens_file
 
 UInt64Array = npt.NDArray[np.uint64]
+
+
+@dataclass(frozen=True)
+class TokenBlock:
+    """Neighbouring samples of a store, end to end."""
+
+    offsets: Int32Array
+    """Where each sample's tokens start, int32 [samples + 1]."""
+    ids: Int32Array
+    labels: Int32Array
+    """[tokens], as `ids`."""
+    conversations: list[str | None]
+    """As `conversation_text` writes them."""
+    starts_row: npt.NDArray[np.bool_]
+    """The first, and the last, sample of its row, bool [samples]."""
+    ends_row: npt.NDArray[np.bool_]
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
 
 
 class TokenStore(SampleSet):
@@ -116,6 +136,28 @@ class TokenStore(SampleSet):
         weight_offsets, values = weights
         own = values[weight_offsets[row] : weight_offsets[row + 1]]
         return TokenSample(ids[start:end], labels[start:end], own if len(own) else None)
+
+    def blocks(self) -> Iterator[TokenBlock]:
+        """All samples in order, in blocks as they were written."""
+        row_starts = np.ones(len(self) + 1, dtype=np.bool_)
+        row_starts[1:-1] = (np.diff(self.row_ids) != 0) | (np.diff(self.source_ids) != 0)
+        for number, start in enumerate(self._starts):
+            offsets, ids, labels, _ = self._batches.get(number) or self._load_batch(number)
+            stop = start + len(offsets) - 1
+            yield TokenBlock(
+                offsets,
+                ids,
+                labels,
+                self._conversations(number),
+                row_starts[start:stop],
+                row_starts[start + 1 : stop + 1],
+            )
+
+    def _conversations(self, batch: int) -> list[str | None]:
+        shard, within = self._place(batch)
+        with pa.memory_map(str(self.path / conversations_file(shard)), "r") as file:
+            texts: list[str | None] = pa.ipc.open_file(file).get_batch(within).column("conversation").to_pylist()
+        return texts
 
     def origin(self, index: int) -> str:
         return f"{self.source_names[self.source_ids[index]]} row {self.row_ids[index]}"

@@ -17,10 +17,7 @@ from eft.core.records import TokenSample
 from eft.data.conversations import NOT_UNICODE, ConversationEncoder, MaskRules, Outcome, Rejected, is_unicode
 from eft.data.formats import Example, check_roles_to_train
 
-__all__ = ["MASKING_VERSION", "ExampleEncoder", "Outcome", "Rejected", "encode_examples", "tokenizer_fingerprint"]
-
-MASKING_VERSION = 3
-"""Raised whenever the same rows, tokenizer and template would give other ids or labels: prepared stores are stale."""
+__all__ = ["ExampleEncoder", "Outcome", "Rejected", "encode_examples", "tokenizer_fingerprint"]
 
 
 class ExampleEncoder:
@@ -70,7 +67,7 @@ class ExampleEncoder:
     def _conversation_encoder(self, spec: DatasetConfig, cfg: DataConfig) -> ConversationEncoder:
         if self._template is None:
             raise DataError(f"{spec.path}: gives conversations, but there is no chat template; set `chat_template`")
-        rules = MaskRules.of(spec, cfg)
+        rules = MaskRules.of(spec, cfg, self._template)
         if not rules.train_on_inputs:
             check_roles_to_train(spec)
         if self._conversations is None or self._conversations[0] != rules:
@@ -167,18 +164,23 @@ def _check_vocabulary(sample: TokenSample, size: int) -> TokenSample | Rejected:
     return Rejected(f"input_ids[{at}] is {found}, outside the tokenizer's vocabulary of {size} (0 to {size - 1})")
 
 
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 (hex) of everything in the tokenizer that decides the ids of a text: its backend (without truncation and
-    padding, which calls set and which we never use) and its special tokens. Not its chat template: that counts as the
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, template: str | None = None) -> str:
+    """SHA-256 (hex) of everything in the tokenizer that decides the ids and labels of a text: its backend (without
+    truncation and padding, which calls set and which we never use, and without its decoder), BOS and EOS, and the other
+    special tokens that `template` names (another pad token changes nothing). Not its chat template: that counts as the
     template of the formats that use one."""
+    roles = tokenizer.special_tokens_map
     facts: dict[str, Any] = {
         "class": type(tokenizer).__name__,
-        "special_tokens": tokenizer.special_tokens_map,
+        "special_tokens": {
+            name: roles[name] for name in roles if name in ("bos_token", "eos_token") or name in (template or "")
+        },
         "split_special_tokens": tokenizer.split_special_tokens,
     }
     if tokenizer.is_fast:
         backend = json.loads(tokenizer.backend_tokenizer.to_str())
-        facts["backend"] = {name: value for name, value in backend.items() if name not in ("truncation", "padding")}
+        without = ("truncation", "padding", "decoder")
+        facts["backend"] = {name: value for name, value in backend.items() if name not in without}
     else:
         facts["vocabulary"] = tokenizer.get_vocab()
     return hash_json(facts)

@@ -13,6 +13,7 @@ does not, the template rewrites earlier turns, and no label on this text would b
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,6 +21,7 @@ from typing import Any
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from eft.core.records import Message
 from eft.data.formats.chat import REASONING
@@ -37,6 +39,14 @@ RENDER_ERRORS = (
     ArithmeticError,
     RecursionError,
 )
+
+
+_GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+def has_generation_tag(template: str) -> bool:
+    """Whether the template itself marks what the model writes."""
+    return _GENERATION_TAG.search(template) is not None
 
 
 class UnprovableError(Exception):
@@ -108,6 +118,19 @@ class Layout:
             return Layout(self.tokenizer, self.template, self.messages, None, self.facts).render(self.messages)
         except RENDER_ERRORS:
             return None
+
+    @cached_property
+    def tagged(self) -> list[Span]:
+        """What stands inside the template's `{% generation %}` tags, in order, as transformers tells it."""
+        texts, found = render_jinja_template(
+            conversations=[self.messages],
+            tools=self.tools,
+            chat_template=self.template,
+            return_assistant_tokens_mask=True,
+            **self.tokenizer.special_tokens_map,
+        )
+        assert texts == [self.text]
+        return [Span(start, stop) for start, stop in found[0] if start < stop]
 
     def up_to(self, turn: int) -> Layout:
         """The conversation that ends with this turn."""

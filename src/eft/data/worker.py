@@ -13,13 +13,13 @@ from eft.data.block_encoder import BlockEncoder
 
 
 def main(handle: int) -> None:
-    """Answer blocks until the socket closes."""
+    """Answer blocks until the socket closes, however that happens."""
     with Connection(handle) as connection:
         encoder: BlockEncoder | None = None
         while True:
             try:
                 message = connection.recv()
-            except EOFError:
+            except (EOFError, ConnectionError):
                 return
             try:
                 if encoder is None:
@@ -31,7 +31,10 @@ def main(handle: int) -> None:
                 answer = error
             except Exception:
                 answer = RuntimeError(f"in a process that prepares data:\n{traceback.format_exc()}")
-            connection.send(answer)
+            try:
+                connection.send(answer)
+            except ConnectionError:  # the main process was killed: there is nobody to tell
+                return
 
 
 def _encoder(job: Any) -> BlockEncoder:

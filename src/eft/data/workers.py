@@ -78,19 +78,38 @@ class _Worker:
             self.process.wait()
 
 
-def encode_in_workers(job: Job, blocks: Iterator[Block], num_processes: int) -> Iterator[EncodedBlock]:
-    """`BlockEncoder(job)` of each block, in order, by `num_processes` workers.
+class Workers:
+    """Processes that encode; they start with the object, and are ready by the time their job is known.
 
-    At most a few blocks per worker are in memory. Raises what the encoder raises, of the first block that fails;
-    WorkerDiedError when a worker dies.
+    A context manager: the processes end with it.
     """
-    with ExitStack() as stack:
-        workers = []
-        for _ in range(num_processes):
-            worker = _Worker()
-            stack.callback(worker.stop)
-            workers.append(worker)
-        pool = stack.enter_context(ThreadPoolExecutor(num_processes))
+
+    def __init__(self, num_processes: int):
+        self._stack = ExitStack()
+        self._workers: list[_Worker] = []
+        try:
+            for _ in range(num_processes):
+                worker = _Worker()
+                self._stack.callback(worker.stop)
+                self._workers.append(worker)
+        except BaseException:
+            self._stack.close()
+            raise
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self._stack.close()
+
+    def encode(self, job: Job, blocks: Iterator[Block]) -> Iterator[EncodedBlock]:
+        """`BlockEncoder(job)` of each block, in order. To be called once.
+
+        At most a few blocks per worker are in memory. Raises what the encoder raises, of the first block that fails;
+        WorkerDiedError when a worker dies.
+        """
+        count = len(self._workers)
+        pool = self._stack.enter_context(ThreadPoolExecutor(count))
         idle: SimpleQueue[_Worker] = SimpleQueue()
 
         def start(worker: _Worker) -> None:
@@ -105,16 +124,22 @@ def encode_in_workers(job: Job, blocks: Iterator[Block], num_processes: int) -> 
                 idle.put(worker)
             return encoded
 
-        for ready in [pool.submit(start, worker) for worker in workers]:
+        for ready in [pool.submit(start, worker) for worker in self._workers]:
             ready.result()
         pending: deque[Future[EncodedBlock]] = deque()
         try:
             for block in blocks:
                 pending.append(pool.submit(encode, block))
-                if len(pending) > _AHEAD * num_processes:
+                if len(pending) > _AHEAD * count:
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
         finally:
             for future in pending:
                 future.cancel()
+
+
+def encode_in_workers(job: Job, blocks: Iterator[Block], num_processes: int) -> Iterator[EncodedBlock]:
+    """`Workers.encode` by processes of its own."""
+    with Workers(num_processes) as workers:
+        yield from workers.encode(job, blocks)

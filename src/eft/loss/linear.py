@@ -19,8 +19,10 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from eft.loss.objectives import (
     NLL,
+    Groups,
     LogitShape,
     Objective,
+    add_to_groups,
     arithmetic_dtype,
     row_blocks,
     token_losses,
@@ -47,12 +49,13 @@ def head_loss(
     objective: Objective = NLL,
     scale: float = 1.0,
     softcap: float | None = None,
+    groups: Groups | None = None,
 ) -> Tensor:
     """Σ weight · loss of K tokens straight from the hidden states that would enter the output head.
 
     hidden [K, H] of any floating dtype; head: a module that maps it to z [K, V]; targets int64 [K] in 0..V-1; weights
     float [K] ≥ 0 or None for 1 → a scalar, fp32 (fp64 for fp64 hidden states). The logits are scale · z, or
-    softcap · tanh(scale · z / softcap).
+    softcap · tanh(scale · z / softcap). `groups`: sums that are kept on the way, of which no gradient is taken.
 
     Gradients reach the hidden states and whatever the head computes with; with K = 0 they are zeros. Under autocast
     the matrix products run in its dtype; the losses are fp32, their sum fp64. An `nn.Linear` is multiplied here; any
@@ -61,7 +64,7 @@ def head_loss(
     assert hidden.ndim == 2, hidden.shape
     assert targets.shape == hidden.shape[:1], (targets.shape, hidden.shape)
     assert weights is None or weights.shape == targets.shape, weights.shape
-    rows = _Rows(targets, weights, objective, LogitShape(scale, softcap))
+    rows = _Rows(targets, weights, objective, LogitShape(scale, softcap), groups)
     linear = plain_linear(head)
     if linear is not None:
         return linear_cross_entropy(hidden, linear.weight, linear.bias, rows)
@@ -87,11 +90,19 @@ def plain_linear(head: nn.Module) -> nn.Linear | None:
 class _Rows:
     """What belongs to the K tokens beside their hidden states, and the loss of a chunk of them."""
 
-    def __init__(self, targets: Tensor, weights: Tensor | None, objective: Objective, shape: LogitShape) -> None:
+    def __init__(
+        self,
+        targets: Tensor,
+        weights: Tensor | None,
+        objective: Objective,
+        shape: LogitShape,
+        groups: Groups | None = None,
+    ) -> None:
         self.targets = targets
         self.weights = weights
         self.objective = objective
         self.shape = shape
+        self.groups = groups
         self.total = torch.zeros((), dtype=torch.float64, device=targets.device)
 
     def add(self, outputs: Tensor, chunk: slice, *, gradient: bool) -> None:
@@ -106,6 +117,9 @@ class _Rows:
                 values, targets[rows], chosen, objective=self.objective, shape=self.shape, gradient=gradient
             )
             self.total += weighted_sum(losses, chosen)
+            if self.groups is not None:
+                start = chunk.start + rows.start
+                add_to_groups(self.groups, slice(start, start + len(losses)), losses, chosen)
             if gradient and values.dtype != outputs.dtype:
                 outputs[rows] = values
 

@@ -1,10 +1,11 @@
-"""What is summed over the trained tokens, row by row: cross-entropy, label smoothing, z-loss.
+"""What is summed over the trained tokens, row by row: cross-entropy, label smoothing, z-loss, weights by entropy.
 
 One row z holds the V numbers that the output head gives for one token, t is its target and w its weight.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -25,6 +26,14 @@ class Objective:
     """ε: Szegedy et al. 2016, §7, as torch's `cross_entropy` and transformers' `label_smoothing_factor` have it."""
     z_loss: float = 0.0
     """ζ: PaLM (Chowdhery et al. 2022), §5, takes 1e-4."""
+    entropy_power: float | None = None
+    """α: the loss of a token counts (H / ln k)^α times, H being the entropy of the model's own k likeliest tokens.
+
+    Entropy-adaptive fine-tuning (Diao et al. 2026): tokens that the model is sure of, right or wrong, pull less. The
+    factor has no gradient. None: every token counts once.
+    """
+    entropy_tokens: int = 20
+    """k ≥ 2."""
 
 
 NLL = Objective()
@@ -62,6 +71,7 @@ def token_losses(
     highest = values.amax(1)
     wanted = values.gather(1, targets[:, None]).squeeze(1)
     mean = values.mean(1) if objective.label_smoothing else None
+    share = None if objective.entropy_power is None else entropy_weights(values, objective)
 
     # Overwritten in place on the CPU only: there the kernel reads a row before it writes it.
     probabilities = torch.softmax(values, 1, out=values if values.device.type == "cpu" else None)
@@ -73,6 +83,9 @@ def token_losses(
     log_z = highest + log_sum
     if objective.z_loss:
         losses += objective.z_loss * log_z.square()
+    if share is not None:
+        losses *= share
+        weights = share if weights is None else weights.to(share.dtype) * share
     if not gradient:
         return losses
 
@@ -94,6 +107,14 @@ def token_losses(
     return losses
 
 
+def entropy_weights(logits: Tensor, objective: Objective) -> Tensor:
+    """The factor [R] of each token's loss, of the dtype of `logits` [R, V], between 0 and 1."""
+    assert objective.entropy_power is not None
+    top = logits.topk(min(objective.entropy_tokens, logits.shape[1]), 1).values
+    entropy = top.logsumexp(1) - (top.softmax(1) * top).sum(1)
+    return (entropy.clamp_min(0.0) / math.log(top.shape[1])).pow(objective.entropy_power)
+
+
 def _shape_logits(values: Tensor, shape: LogitShape, gradient: bool) -> Tensor | None:
     """Turn the head's output into logits in place; returns d logits / d (scale · values) where that is not 1."""
     if shape.scale != 1.0:
@@ -109,6 +130,17 @@ def _shape_logits(values: Tensor, shape: LogitShape, gradient: bool) -> Tensor |
 def weighted_sum(losses: Tensor, weights: Tensor | None) -> Tensor:
     """Σ weight · loss in fp64, a scalar."""
     return losses.double().sum() if weights is None else losses.double() @ weights.double()
+
+
+Groups = tuple[Tensor, Tensor]
+"""(int64 [K] in 0..G-1, the group of each token; float64 [G], to which each group's Σ weight · loss is added)."""
+
+
+def add_to_groups(groups: Groups, rows: slice, losses: Tensor, weights: Tensor | None) -> None:
+    """Add the losses [R] of the tokens in `rows` to the sums of their groups; nothing waits for the device."""
+    members, totals = groups
+    weighted = losses.double() if weights is None else losses.double() * weights.double()
+    totals.index_add_(0, members[rows], weighted)
 
 
 def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:

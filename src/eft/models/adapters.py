@@ -2,110 +2,180 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, PromptLearningConfig, TaskType, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from eft.config.model import AdapterConfig, FreezingConfig
 from eft.core.errors import ConfigError, ModelError, nearest
+from eft.models.adapter_targets import (
+    advice,
+    decoder_layers,
+    layer_numbers,
+    matching,
+    modules_to_save,
+    name_pattern,
+    saves_tied_embedding,
+    search,
+    target_modules,
+    target_parameters,
+    token_rows,
+)
 from eft.models.location import is_local, resolve_location
-from eft.models.plain import base_model_of
+from eft.models.plain import base_model_of, unwrapped_names
+from eft.models.quantised import keep_as_stored
 from eft.models.seeding import seeded_rng
 
-ALL_LINEAR = "all-linear"
-"""peft's name for every linear layer but the output head."""
+logger = logging.getLogger(__name__)
+
+_OWN_KEYS = {
+    "r": "lora_r",
+    "lora_alpha": "lora_alpha",
+    "lora_dropout": "lora_dropout",
+    "target_modules": "lora_target_modules",
+    "target_parameters": "lora_target_parameters",
+    "exclude_modules": "lora_exclude_modules",
+    "rank_pattern": "lora_rank_pattern",
+    "alpha_pattern": "lora_alpha_pattern",
+    "modules_to_save": "lora_modules_to_save",
+    "use_dora": "peft_use_dora",
+    "use_rslora": "peft_use_rslora",
+    "init_lora_weights": "peft_init_lora_weights",
+    "layers_to_transform": "peft_layers_to_transform",
+    "layers_pattern": "peft_layers_pattern",
+    "trainable_token_indices": "peft_trainable_token_indices",
+}
+"""Options of peft's LoraConfig that have a key of their own."""
 
 
-def apply_adapter(model: PreTrainedModel, cfg: AdapterConfig, seed: int) -> PreTrainedModel | PeftModel:
+def apply_adapter(
+    model: PreTrainedModel, cfg: AdapterConfig, seed: int, new_token_ids: Sequence[int] = ()
+) -> PreTrainedModel | PeftModel:
     """Wrap `model` in the adapter of `cfg`, or return it as it is when `adapter` is empty.
 
     Adapter weights are fp32 and depend on `seed` alone; the global RNG is left as it was. With `lora_model_dir` the
     trained adapter there is continued. A tied head stays tied when its embedding is in `lora_modules_to_save`.
+    `new_token_ids`: rows that `peft_trainable_token_indices: new` stands for.
 
-    Raises ConfigError when no target is set or a key contradicts `lora_model_dir`, ModelError when a name matches no
-    module.
+    Raises ConfigError when no target is set, a key contradicts `lora_model_dir` or peft knows no such option,
+    ModelError when a name matches nothing or peft cannot adapt what it matches.
     """
     if cfg.adapter is None:
         return model
     if cfg.lora_model_dir is not None:
         return _continue_adapter(model, cfg)
-    config = LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
-        r=cfg.lora_r,
-        lora_alpha=cfg.lora_alpha,
-        lora_dropout=cfg.lora_dropout,
-        target_modules=_target_modules(model, cfg),
-        modules_to_save=_modules_to_save(model, cfg),
-        use_dora=cfg.peft_use_dora,
-        use_rslora=cfg.peft_use_rslora,
-        bias="none",
-        ensure_weight_tying=_saves_tied_embedding(model, cfg),
-    )
+    config = _lora_config(model, cfg, new_token_ids) if cfg.adapter != "peft" else _other_config(model, cfg)
     with seeded_rng(seed, model):
         try:
-            return get_peft_model(model, config, autocast_adapter_dtype=True)
-        except ValueError as error:
+            adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
+        except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
             what = str(error).partition("(")[0].strip()  # in brackets peft prints the whole module
-            raise ModelError(f"lora_target_modules: {what} cannot take a LoRA adapter; name linear layers") from error
+            if "is not supported" in str(error):
+                what = f"lora_target_modules: {what} cannot take a LoRA adapter; name linear layers"
+            if "ParamWrapper" in what:
+                what += (
+                    "; fused experts are adapted through it: leave that out, or the experts (list lora_target_modules)"
+                )
+            raise ModelError(f"adapter: {what}") from error
+    if cfg.lora_target_linear:
+        _mention_frozen_experts(adapted)
+    return adapted
 
 
-def _target_modules(model: nn.Module, cfg: AdapterConfig) -> list[str] | str:
-    """peft's `target_modules`, after checking that every name or the expression finds something."""
-    targets, linear = cfg.lora_target_modules, cfg.lora_target_linear
-    if not targets:
-        if not linear:
-            raise ConfigError(
-                "adapter: nothing to adapt; set lora_target_modules (names or one regular expression) or "
-                "lora_target_linear: true"
-            )
-        return ALL_LINEAR
-    names = [name for name, _ in model.named_modules() if name]
-    if isinstance(targets, str):
-        if targets == ALL_LINEAR:
-            return ALL_LINEAR
-        if linear:
-            raise ConfigError("lora_target_linear: cannot be added to a regular expression in lora_target_modules")
-        if not any(_fullmatch("lora_target_modules", targets, name) for name in names):
-            if any(name.endswith(f".{targets}") for name in names):
-                advice = f"; as text it is a regular expression for the whole name, so write a list: [{targets}]"
-            else:
-                advice = _advice(targets, names)
-            raise ModelError(f"lora_target_modules: {targets!r} matches no module{advice}")
-        return targets
-    for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in names):
-            raise ModelError(f"lora_target_modules: {target!r} matches no module{_advice(target, names)}")
-    return [*targets, *_linear_layers(model)] if linear else list(targets)
+def _mention_frozen_experts(model: PeftModel) -> None:
+    """`lora_target_linear` reads as if it were everything; peft knows the fused experts of some families only."""
+    base = base_model_of(model)
+    adapted = {
+        f"{name.replace('.base_layer', '')}.{module.parameter_name}"
+        for name, module in base.named_modules()
+        if isinstance(module, ParamWrapper)
+    }
+    plain = unwrapped_names(base, [name for name, parameter in base.named_parameters() if parameter.ndim == 3])
+    frozen = [name for name in plain.values() if ".experts." in name and name not in adapted]
+    if frozen:
+        ends = sorted({".".join(name.split(".")[-3:]) for name in frozen})
+        logger.warning(
+            "lora_target_linear: the fused experts (%d tensors) are no linear layers and stay frozen; to adapt them "
+            "set lora_target_parameters: [%s]",
+            len(frozen),
+            ", ".join(ends),
+        )
 
 
-def _linear_layers(model: nn.Module) -> list[str]:
-    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    return [n for n, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D) and module is not head]
+def _lora_config(model: PreTrainedModel, cfg: AdapterConfig, new_token_ids: Sequence[int]) -> LoraConfig:
+    options: dict[str, Any] = {
+        "r": cfg.lora_r,
+        "lora_alpha": cfg.lora_alpha,
+        "lora_dropout": cfg.lora_dropout,
+        "target_modules": target_modules(model, cfg),
+        "target_parameters": target_parameters(model, cfg),
+        "exclude_modules": matching(model, "lora_exclude_modules", cfg.lora_exclude_modules),
+        "rank_pattern": name_pattern(model, "lora_rank_pattern", cfg.lora_rank_pattern),
+        "alpha_pattern": name_pattern(model, "lora_alpha_pattern", cfg.lora_alpha_pattern),
+        "modules_to_save": modules_to_save(model, cfg),
+        "use_dora": cfg.peft_use_dora,
+        "use_rslora": cfg.peft_use_rslora,
+        "init_lora_weights": True if cfg.peft_init_lora_weights is None else cfg.peft_init_lora_weights,
+        "layers_to_transform": layer_numbers(model, cfg),
+        "layers_pattern": cfg.peft_layers_pattern,
+        "trainable_token_indices": token_rows(model, cfg, new_token_ids),
+        "bias": "none",
+        "ensure_weight_tying": saves_tied_embedding(model, cfg),
+    }
+    return LoraConfig(task_type=TaskType.CAUSAL_LM, **(options | _further_options(cfg, LoraConfig, _OWN_KEYS)))
 
 
-def _modules_to_save(model: nn.Module, cfg: AdapterConfig) -> list[str] | None:
-    names = [name for name, _ in model.named_modules() if name]
-    for target in cfg.lora_modules_to_save or []:
-        if not any(name.endswith(target) for name in names):
-            raise ModelError(f"lora_modules_to_save: {target!r} matches no module{_advice(target, names)}")
-    return list(cfg.lora_modules_to_save) if cfg.lora_modules_to_save else None
+def _other_config(model: PreTrainedModel, cfg: AdapterConfig) -> PeftConfig:
+    """The config of any other method of peft, as `peft` describes it."""
+    values = dict(cfg.peft or {})
+    wanted = str(values.pop("peft_type", "")).upper()
+    methods = {kind.value: config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    if wanted not in methods:
+        close = nearest(wanted, methods)
+        hint = f"did you mean {close}?" if close else f"there are: {', '.join(methods)}"
+        raise ConfigError(f"peft: {wanted!r} is no peft_type; {hint}")
+    kind = methods[wanted]
+    if kind is LoraConfig:
+        raise ConfigError("peft: write LoRA as `adapter: lora`, with the keys `lora_…` and `peft_…`")
+    if issubclass(kind, PromptLearningConfig) or not any(entry.name == "target_modules" for entry in fields(kind)):
+        raise ConfigError(
+            f"peft: {wanted} puts tokens of its own before each row, and packed rows hold many documents; choose a "
+            "method that adapts layers"
+        )
+    options = _further_options(cfg, kind, {}) | values
+    options.pop("peft_type", None)
+    if cfg.lora_target_modules or cfg.lora_target_linear:
+        options.setdefault("target_modules", target_modules(model, cfg))
+    if cfg.lora_modules_to_save:
+        options.setdefault("modules_to_save", modules_to_save(model, cfg))
+    try:
+        config: PeftConfig = kind(task_type=TaskType.CAUSAL_LM, **options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"peft: {error}") from error
+    return config
 
 
-def _saves_tied_embedding(model: PreTrainedModel, cfg: AdapterConfig) -> bool:
-    """peft trains a copy of a module to save; without this flag a tied head would go on using the old weights."""
-    output, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if output is None or output.weight is not embedding.weight:
-        return False
-    saved = cfg.lora_modules_to_save or []
-    tied = [name for name, module in model.named_modules() if module is output or module is embedding]
-    return any(name.endswith(entry) for entry in saved for name in tied)
+def _further_options(cfg: AdapterConfig, kind: type[PeftConfig], own_keys: dict[str, str]) -> dict[str, Any]:
+    """What `peft` adds, after checking that the method knows it and that it has no key of its own."""
+    known = [entry.name for entry in fields(kind)]
+    for name in cfg.peft or {}:
+        if name in own_keys:
+            raise ConfigError(f"peft: `{name}` has a key of its own; write `{own_keys[name]}`")
+        if name not in known:
+            close = nearest(name, known)
+            hint = f"did you mean {close!r}?" if close else f"there are: {', '.join(known)}"
+            raise ConfigError(f"peft: {kind.__name__} has no option {name!r}; {hint}")
+    return dict(cfg.peft or {})
 
 
 def _continue_adapter(model: PreTrainedModel, cfg: AdapterConfig) -> PeftModel:
@@ -167,9 +237,9 @@ def trained_base_parameters(model: PreTrainedModel, cfg: FreezingConfig) -> set[
     for pattern in cfg.unfrozen_parameters or []:
         if re.search(r"\[\d*:\d*\]$", pattern):
             raise ConfigError(f"unfrozen_parameters: {pattern!r} ends in a range of rows; eft trains whole tensors")
-        found = {name for name, _ in parameters if _search("unfrozen_parameters", pattern, name)}
+        found = {name for name, _ in parameters if search("unfrozen_parameters", pattern, name)}
         if not found:
-            hint = _advice(pattern, [name for name, _ in parameters])
+            hint = advice(pattern, [name for name, _ in parameters])
             raise ModelError(f"unfrozen_parameters: {pattern!r} matches no parameter{hint}")
         names |= found
     if cfg.train_top_layers is not None:
@@ -189,17 +259,6 @@ def _top_layers(model: nn.Module, count: int) -> list[str]:
     if count > len(layers):
         raise ModelError(f"train_top_layers: {count}, but the model has {len(layers)} layers ({name})")
     return [*(f"{name}.{index}" for index in range(len(layers) - count, len(layers))), *final_norms(model)]
-
-
-def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Name and list of the decoder layers: the longest ModuleList that is in no other (experts lie inside layers)."""
-    outer: dict[str, nn.ModuleList] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{other}.") for other in outer):
-            outer[name] = module
-    if not outer:
-        raise ModelError(f"train_top_layers: no list of decoder layers in a {type(model).__name__}")
-    return max(outer.items(), key=lambda item: len(item[1]))
 
 
 def final_norms(model: nn.Module) -> list[str]:
@@ -222,7 +281,13 @@ def final_norms(model: nn.Module) -> list[str]:
     return [f"{parent_name}.{name}" if parent_name else name for name in chosen]
 
 
-def set_dtypes(model: PreTrainedModel | PeftModel, *, pure_bf16: bool = False, fp32_gradients: bool = False) -> None:
+def set_dtypes(
+    model: PreTrainedModel | PeftModel,
+    *,
+    pure_bf16: bool = False,
+    fp32_gradients: bool = False,
+    autocast: bool = True,
+) -> None:
     """D10: trainable parameters to fp32, frozen ones as they were loaded; in place, tied weights stay tied.
 
     With `pure_bf16` all parameters to bf16 instead, and the model's config says so, by which it is saved; those stay
@@ -230,13 +295,34 @@ def set_dtypes(model: PreTrainedModel | PeftModel, *, pure_bf16: bool = False, f
     gradients are fp32 all the same, for sums over micro-batches.
 
     Call it after the adapter and the freezing.
+
+    Raises ConfigError where the run has no `autocast` and trains some whole modules of a half-precision base: nothing
+    would bring the two dtypes together.
     """
+    keep_as_stored(model)
+    if not autocast and not pure_bf16:
+        _check_one_dtype(model)
     if pure_bf16:
         _set_bf16(base_model_of(model), fp32_gradients)
         return
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
             parameter.data = parameter.data.float()
+
+
+def _check_one_dtype(model: PreTrainedModel | PeftModel) -> None:
+    """LoRA layers cast their input themselves; modules that are trained whole do not."""
+    half = {p.dtype for p in model.parameters() if not p.requires_grad} & {torch.bfloat16, torch.float16}
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if isinstance(model, PeftModel):
+        trained = [name for name in trained if ".modules_to_save." in name]
+    if half and trained:
+        name = trained[0].removeprefix("base_model.model.").replace(".modules_to_save.default", "")
+        dtype = str(half.pop()).removeprefix("torch.")
+        raise ConfigError(
+            f"bf16: false: the frozen weights of the base are {dtype} and {name} is trained in float32, which nothing "
+            "casts without autocast; set `bf16: true`, or train LoRA layers or the whole model only"
+        )
 
 
 def _set_bf16(model: PreTrainedModel, fp32_gradients: bool) -> None:
@@ -261,27 +347,3 @@ def enable_gradient_flow(model: PreTrainedModel | PeftModel, *, use_reentrant: b
         return False
     model.enable_input_require_grads()
     return True
-
-
-def _search(key: str, pattern: str, name: str) -> bool:
-    try:
-        return re.match(pattern, name) is not None
-    except re.error as error:
-        raise ConfigError(f"{key}: {pattern!r} is no regular expression: {error}") from error
-
-
-def _fullmatch(key: str, pattern: str, name: str) -> bool:
-    try:
-        return re.fullmatch(pattern, name) is not None
-    except re.error as error:
-        raise ConfigError(f"{key}: {pattern!r} is no regular expression: {error}") from error
-
-
-def _advice(word: str, names: Iterable[str]) -> str:
-    """`; did you mean …?` from the last parts of the names, or from the names themselves."""
-    names = list(names)
-    endings = list(dict.fromkeys(part for name in names for part in name.split(".") if not part.isdigit()))
-    plain = re.sub(r"[\^$\\*?()\[\]|+]", "", word).strip(".")
-    unknown = [part for part in plain.split(".") if part and not part.isdigit() and part not in endings]
-    close = next((found for part in unknown if (found := nearest(part, endings))), None)
-    return f"; did you mean {close!r}?" if close else f"; there are: {', '.join(endings[:12])}"

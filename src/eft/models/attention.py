@@ -174,7 +174,7 @@ def boundary_inputs(support: BoundarySupport, model: nn.Module, batch: Mapping[s
     `attention_mask`. Labels are not passed: the trainer owns the loss. Raises ModelError for a packed batch on a
     refused model.
     """
-    wanted: dict[str, Any] = {name: batch[name] for name in ("input_ids", "position_ids")}
+    wanted: dict[str, Any] = {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
     if "cu_seq_lens_q" not in batch:
         wanted["attention_mask"] = batch["attention_mask"]
     elif support.mode == "native":

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from eft.config.kernels import KernelConfig
 from eft.core.errors import ConfigError
-from eft.models.adapters import decoder_layers
+from eft.models.adapter_targets import decoder_layers
 from eft.models.plain import base_model_of
 
 _CXX_COMPILERS = ("g++", "clang++")

@@ -33,8 +33,8 @@ PACKED_ATTENTION = "eft"
 """The name under which the attention and its mask function are registered."""
 
 NO_MASK = torch.empty((1, 1, 0, 0), dtype=torch.bool)
-"""Passed as `attention_mask` beside boundaries: a mask of four dimensions is ready-made to transformers, which else looks
-for documents in `position_ids` and makes the host wait for the device."""
+"""Passed as `attention_mask` beside boundaries: a mask of four dimensions is ready-made to transformers, which else
+looks for documents in `position_ids` and makes the host wait for the device."""
 
 _REFUSED_ARGUMENTS = ("position_bias", "indices", "block_indices")
 """What some families hand to their attention that depends on positions in the whole row."""

@@ -10,38 +10,27 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
+from peft.utils.other import TrainableTokensWrapper
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from eft.core.atomic import TEMPORARY_MARK, fsync_path, fsync_tree, write_json
 from eft.core.constants import MANIFEST_NAME
-from eft.core.errors import ModelError
 from eft.core.hashing import hash_file
-from eft.core.records import PromiseResult
 from eft.models.generate import stop_token_ids
 from eft.models.load import base_dtype
-from eft.models.plain import (
-    adapter_name_of,
-    adapter_state,
-    cast_floats,
-    plain_base,
-    plain_instance,
-    probe_logits,
-)
-from eft.models.verify_child import load_base
+from eft.models.plain import adapter_name_of, adapter_state, cast_floats, plain_base
+from eft.models.quantised import quantisation_facts
 from eft.models.verify_export import check_saved_tensors, verify_export
 
-__all__ = ["check_saved_tensors", "export_model", "merge_adapter", "verify_export"]
+__all__ = ["check_saved_tensors", "export_model", "verify_export"]
 
 MAX_SHARD_SIZE = "5GB"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-MERGE_TOLERANCE = 1e-5
-"""Largest difference of logits in fp32, merged against adapter, relative to the largest logit."""
-_MERGE_PROBE_TOKENS = 32
 
 
 def export_model(
@@ -51,13 +40,15 @@ def export_model(
     *,
     save_dtype: torch.dtype | None,
     gguf_file: str | None = None,
+    processor: Any = None,
 ) -> dict[str, Any]:
     """Write `model` (an adapter as an adapter) and `tokenizer` into `folder`; returns the manifest.
 
     Floating-point tensors are saved in `save_dtype`, else in the base checkpoint's dtype. `gguf_file` names the file an
-    adapter's base came from. Generation stops at what the tokenizer's chat template ends a turn with. The live model is
-    not changed. Files appear in `folder` one by one once all of them are on disk, `manifest.json` (sha256 and size of
-    each) last; files of an earlier export that the new one does not have are removed.
+    adapter's base came from; `processor`, of a model that takes images, is written with its tokenizer. Generation stops
+    at what the tokenizer's chat template ends a turn with. The live model is not changed. Files appear in `folder` one
+    by one once all of them are on disk, `manifest.json` (sha256 and size of each) last; files of an earlier export that
+    the new one does not have are removed.
     """
     dtype = save_dtype or base_dtype(model)
     folder.mkdir(parents=True, exist_ok=True)
@@ -69,7 +60,7 @@ def export_model(
             facts = _write_adapter(model, temporary, dtype, gguf_file)
         else:
             facts = _write_model(model, tokenizer, temporary, dtype)
-        tokenizer.save_pretrained(temporary)
+        (tokenizer if processor is None else processor).save_pretrained(temporary)
         for path in temporary.iterdir():
             path.chmod(temporary.stat().st_mode & 0o666)  # safetensors makes files that only their owner may read
         manifest = {
@@ -93,12 +84,12 @@ def _write_model(
 ) -> dict[str, Any]:
     plain = plain_base(model, dtype)
     if plain.generation_config is not None:
-        _mend_generation_config(plain, tokenizer)
+        mend_generation_config(plain, tokenizer)
     plain.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
     return {"content": "model", "base_model": model.config.name_or_path or None}
 
 
-def _mend_generation_config(plain: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def mend_generation_config(plain: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Let generation stop at what the tokenizer ends a turn with, and keep an inherited contradiction from raising."""
     generation = plain.generation_config
     stops = stop_token_ids(plain, tokenizer)
@@ -126,20 +117,36 @@ def _write_adapter(model: PeftModel, folder: Path, dtype: torch.dtype, gguf_file
     config.inference_mode = True
     config.base_model_name_or_path = base
     config.save_pretrained(folder)
-    return {"content": "adapter", "base_model": base, "gguf_file": gguf_file, "revision": config.revision}
+    return {
+        "content": "adapter",
+        "base_model": base,
+        "gguf_file": gguf_file,
+        "revision": config.revision,
+        "quantization": quantisation_facts(model.get_base_model()),
+    }
 
 
 def _base_was_resized(model: PeftModel, base: str | None, gguf_file: str | None) -> bool:
     """Whether the base in memory has other embedding rows than its files; if so the adapter must bring them along.
 
-    Embeddings under `lora_modules_to_save` are part of the adapter anyway.
+    Embeddings under `lora_modules_to_save` are part of the adapter anyway, and so are rows that are trained alone.
     """
     embedding = model.get_base_model().get_input_embeddings()
     if base is None or hasattr(embedding, "modules_to_save"):
         return False
     options = {} if gguf_file is None else {"gguf_file": gguf_file}
-    config = AutoConfig.from_pretrained(base, **options)
-    return bool(config.get_text_config().vocab_size != embedding.weight.shape[0])
+    before = AutoConfig.from_pretrained(base, **options).get_text_config().vocab_size
+    new_rows = set(range(before, embedding.weight.shape[0]))
+    head = model.get_base_model().get_output_embeddings()
+    trained = [module for module in (embedding, head) if isinstance(module, TrainableTokensWrapper)]
+    if len(trained) == 2 and all(new_rows <= set(_trained_rows(module)) for module in trained):
+        return False
+    return bool(before != embedding.weight.shape[0])
+
+
+def _trained_rows(embedding: TrainableTokensWrapper) -> list[int]:
+    (rows,) = embedding.token_adapter.token_indices.values()
+    return list(rows)
 
 
 def _publish(temporary: Path, folder: Path, manifest: dict[str, Any]) -> None:
@@ -159,63 +166,3 @@ def _publish(temporary: Path, folder: Path, manifest: dict[str, Any]) -> None:
         path.replace(folder / path.name)
     fsync_path(folder)
     write_json(manifest_path, manifest)
-
-
-def merge_adapter(
-    source: Path | PeftModel,
-    out: Path,
-    *,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    save_dtype: torch.dtype | None = None,
-    ids: list[int] | None = None,
-) -> PromiseResult:
-    """Write base + adapter as one plain model into `out`; returns how far its function is from the adapter's.
-
-    `source` is an adapter's folder or a live PeftModel (left as it is; then `tokenizer` is required). The sum
-    base + B·A·scale is formed in fp32 and rounded once, to `save_dtype` or the base checkpoint's dtype. The comparison
-    is in fp32 before that rounding, on the document `ids`.
-
-    Raises ModelError when the folder holds no adapter or the base cannot be loaded.
-    """
-    if isinstance(source, PeftModel):
-        assert tokenizer is not None, "a live model comes without its tokenizer"
-        dtype = base_dtype(source)
-        adapted = plain_instance(source, torch.float32)
-    else:
-        adapted, dtype = _load_adapted(source)
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(source)
-    assert isinstance(adapted, PeftModel)
-    rows = int(adapted.get_input_embeddings().weight.shape[0])
-    probe = ids or [(7 * position + 3) % rows for position in range(_MERGE_PROBE_TOKENS)]
-    before = probe_logits(adapted, probe)
-    merged = cast("PreTrainedModel", adapted.merge_and_unload(safe_merge=True))
-    difference = float((probe_logits(merged, probe) - before).abs().max())
-    scale = float(before.abs().max())
-    export_model(merged, tokenizer, out, save_dtype=save_dtype or dtype)
-    return PromiseResult(
-        "E6",
-        "the merged model equals base + adapter",
-        "pass" if difference <= MERGE_TOLERANCE * max(1.0, scale) else "fail",
-        f"logits differ by up to {difference:.2g} in fp32 (largest logit {scale:.3g})",
-        {"max_abs_difference": difference, "max_abs_logit": scale},
-    )
-
-
-def _load_adapted(folder: Path) -> tuple[PeftModel, torch.dtype]:
-    """The adapter of `folder` on its base, all in fp32, and the dtype of the base's files."""
-    if not (folder / "adapter_config.json").is_file():
-        raise ModelError(f"{folder} has no adapter_config.json, so there is nothing to merge")
-    manifest_path = folder / MANIFEST_NAME
-    facts: dict[str, Any] = json.loads(manifest_path.read_text()) if manifest_path.is_file() else {}
-    name = facts.get("base_model") or PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
-    if not name:
-        raise ModelError(f"{folder}: adapter_config.json names no base model (base_model_name_or_path)")
-    try:
-        base = load_base(name, facts.get("gguf_file"), facts.get("revision"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder}: its base model {name} could not be loaded: {error}") from error
-    dtype = base_dtype(base)
-    rows = facts.get("vocabulary_rows")
-    if rows is not None and rows != base.get_input_embeddings().weight.shape[0]:
-        base.resize_token_embeddings(rows, mean_resizing=False)
-    return PeftModel.from_pretrained(base.float(), folder), dtype

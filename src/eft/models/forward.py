@@ -5,9 +5,8 @@ Always through the wrapped model: calling the decoder inside it would bypass aut
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -15,8 +14,13 @@ from eft.models.attention import BoundarySupport, boundary_inputs, packed_forwar
 from eft.models.loss_head import HeadLoss, LossHead, loss_request
 from eft.models.router_logits import RouterLoss
 
-LogitLoss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""(logits [K, V], targets int64 [K], weights [K] or None) to Σ weight · loss."""
+
+class LogitLoss(Protocol):
+    """`loss.head.trainable_token_loss`, its objective given."""
+
+    def __call__(
+        self, logits: Tensor, targets: Tensor, weights: Tensor | None, *, groups: tuple[Tensor, Tensor] | None
+    ) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class TrainedLogits:
 
     def with_output(self, model: nn.Module, batch: dict[str, Any], options: dict[str, Any]) -> tuple[Tensor, Any]:
         """The logits and the model's whole output; `options`: further arguments of the forward."""
-        inputs = boundary_inputs(self.support, model, batch) | options
+        inputs = boundary_inputs(self.support, model, batch) | _extra_inputs(batch) | options
         positions: Tensor = batch["trained_positions"]
         one_row = batch["input_ids"].shape[0] == 1
         with packed_forward():
@@ -61,9 +65,9 @@ class TrainedLoss:
         """`batch` as the loader makes it."""
         if self.head is None:
             return self.with_logits(model, batch)[0]
-        inputs = boundary_inputs(self.forward.support, model, batch) | self._options()
+        inputs = boundary_inputs(self.forward.support, model, batch) | _extra_inputs(batch) | self._options()
         positions, targets, weights = _trained(batch)
-        with packed_forward(), loss_request(self.head, self.from_hidden, positions, targets, weights):
+        with packed_forward(), loss_request(self.head, self.from_hidden, positions, targets, weights, _groups(batch)):
             output = model(**inputs, use_cache=False)
         assert output.loss is not None, "the hooks of find_loss_head are gone"
         return self._add_balance(output.loss, output, batch)
@@ -72,10 +76,15 @@ class TrainedLoss:
         """The same loss and the logits [K, vocab] that it was computed from."""
         logits, output = self.forward.with_output(model, batch, self._options())
         _, targets, weights = _trained(batch)
-        return self._add_balance(self.from_logits(logits, targets, weights), output, batch), logits
+        loss = self.from_logits(logits, targets, weights, groups=_groups(batch))
+        return self._add_balance(loss, output, batch), logits
 
     def _options(self) -> dict[str, Any]:
-        return {} if self.router is None else {"output_router_logits": True}
+        if self.router is None:
+            return {}
+        # With router logits the model counts tokens by its mask, and `NO_MASK` has none.
+        mask = {"attention_mask": None} if self.forward.support.passes_no_mask else {}
+        return {"output_router_logits": True, **mask}
 
     def _add_balance(self, loss: Tensor, output: Any, batch: dict[str, Any]) -> Tensor:
         return loss if self.router is None else loss + self.router(output.router_logits, batch)
@@ -86,3 +95,13 @@ def _trained(batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
     positions: Tensor = batch["trained_positions"]
     weights = batch["loss_weights"].reshape(-1)[positions] if "loss_weights" in batch else None
     return positions, batch["shift_labels"].reshape(-1)[positions], weights
+
+
+def _extra_inputs(batch: dict[str, Any]) -> dict[str, Tensor]:
+    """What a processor made of the row's images."""
+    return {name: batch[name] for name in batch.get("extra_inputs", ())}
+
+
+def _groups(batch: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
+    """Where the losses of each data set are to be summed up, if they are."""
+    return (batch["trained_groups"], batch["group_totals"]) if "group_totals" in batch else None

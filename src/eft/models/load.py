@@ -12,13 +12,16 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.distributed import DistributedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from eft.config.model import ModelConfig
 from eft.core.errors import ModelError, nearest
+from eft.models.auto_class import auto_class, is_vision_language
 from eft.models.location import is_local, nearest_folder, resolve_location
 from eft.models.plain import base_model_of
+from eft.models.quantised import element_count, quantisation_of, quantised
 from eft.models.seeding import seeded_rng
 
 _LEARNED_POSITIONS = ("wpe", "embed_positions", "position_embeddings", "position_embedding")
@@ -29,12 +32,15 @@ GGUF_DTYPE = torch.bfloat16
 """A GGUF file has no training dtype of its own. Its blocks carry 4 to 8 bits, which bf16 holds well enough."""
 
 
-def load_model(cfg: ModelConfig, *, compute_dtype: torch.dtype, seed: int) -> PreTrainedModel:
+def load_model(
+    cfg: ModelConfig, *, compute_dtype: torch.dtype, seed: int, distributed: DistributedConfig | None = None
+) -> PreTrainedModel:
     """Load `cfg.base_model` in its checkpoint's dtype, on the CPU, in evaluation mode.
 
-    A GGUF file is de-quantised to bf16. A checkpoint in a dtype that cannot be trained (float64, float8) comes in
-    `compute_dtype`. `attn_implementation: eft` is left to `attention.install_attention`; any other name goes to
-    transformers. Nothing is drawn from the global RNG.
+    A GGUF file is de-quantised to bf16. `load_in_4bit` and `load_in_8bit` quantise the linear layers, on the device
+    that trains. A checkpoint in a dtype that cannot be trained (float64, float8) comes in `compute_dtype`.
+    `attn_implementation: eft` is left to `attention.install_attention`; any other name goes to transformers. Nothing is
+    drawn from the global RNG. `distributed`: each process reads only its part of the weights.
 
     Raises ModelError when there is no such model, when it is not a causal language model, needs code of its own that
     `trust_remote_code` does not allow, is quantised, or lacks weights.
@@ -45,12 +51,17 @@ def load_model(cfg: ModelConfig, *, compute_dtype: torch.dtype, seed: int) -> Pr
         options["revision"] = cfg.revision_of_model
     if cfg.attn_implementation != "eft":
         options["attn_implementation"] = cfg.attn_implementation
+    if distributed is not None:
+        options["distributed_config"] = distributed
+    bits = quantisation_of(cfg, compute_dtype)
     if cfg.gguf_file is not None:
         check_gguf_file(location, cfg.gguf_file)
         options |= {"gguf_file": cfg.gguf_file, "quantization_config": GgufConfig(dequantize=True), "dtype": GGUF_DTYPE}
     else:
         dtype = check_causal_lm(location, cfg)
         options["dtype"] = compute_dtype if dtype not in (None, *TRAINABLE_DTYPES) else "auto"
+        if bits is not None:
+            options["quantization_config"] = bits
     with seeded_rng(seed):
         model, info = _from_pretrained(location, options)
     if info["missing_keys"]:
@@ -59,12 +70,13 @@ def load_model(cfg: ModelConfig, *, compute_dtype: torch.dtype, seed: int) -> Pr
             f"base_model: {location} lacks {len(names)} weights of a {type(model).__name__}, which would start at "
             f"random: {', '.join(names[:3])}. Use a complete causal language model."
         )
-    return model
+    return quantised(model, bits) if bits is not None and cfg.gguf_file is not None else model
 
 
 def _from_pretrained(location: str, options: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(location, output_loading_info=True, **options)
+        loader = auto_class(location, options.get("revision")) if "gguf_file" not in options else AutoModelForCausalLM
+        loaded = loader.from_pretrained(location, output_loading_info=True, **options)
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise ModelError(f"base_model: {location} could not be loaded: {_first_lines(error)}") from error
     return cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
@@ -95,7 +107,7 @@ def check_causal_lm(location: str, cfg: ModelConfig) -> torch.dtype | None:
         ) from error
     if not values:
         raise ModelError(f"base_model: {location} could not be read from the hub, and there is no such folder here")
-    _check_architecture(location, values, trust_remote_code=cfg.trust_remote_code)
+    _check_architecture(location, values, cfg)
     if values.get("quantization_config"):
         method = values["quantization_config"].get("quant_method", "unknown")
         raise ModelError(f"base_model: {location} is quantised ({method}); use the unquantised model of the same name")
@@ -104,8 +116,8 @@ def check_causal_lm(location: str, cfg: ModelConfig) -> torch.dtype | None:
     return dtype if isinstance(dtype, torch.dtype) else None
 
 
-def _check_architecture(location: str, values: dict[str, Any], *, trust_remote_code: bool) -> None:
-    model_type = str(values.get("model_type", ""))
+def _check_architecture(location: str, values: dict[str, Any], cfg: ModelConfig) -> None:
+    model_type, trust_remote_code = str(values.get("model_type", "")), cfg.trust_remote_code
     if "auto_map" in values and (trust_remote_code or model_type not in CONFIG_MAPPING_NAMES):
         if trust_remote_code:
             return
@@ -118,6 +130,10 @@ def _check_architecture(location: str, values: dict[str, Any], *, trust_remote_c
         close = nearest(model_type, CONFIG_MAPPING_NAMES)
         hint = f"; nearest known: {close}" if close else ""
         raise ModelError(f"base_model: {location}: transformers knows no model_type {model_type!r}{hint}")
+    if cfg.processor_type is not None:
+        if not is_vision_language(values):
+            raise ModelError(f"processor_type: {location} is a {model_type}, which takes no images; remove it")
+        return
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
     names = values.get("architectures") or ([causal] if causal else [])
     bare = [name.removesuffix("Model") for name in names]  # "LlamaModel": a decoder without head, missing keys tell
@@ -125,7 +141,10 @@ def _check_architecture(location: str, values: dict[str, Any], *, trust_remote_c
     fits = any(name in known for name in names) or any(f"{stem}ForCausalLM" in known for stem in bare)
     if causal is None or values.get("is_encoder_decoder") or not fits:
         what = ", ".join(names) or model_type
-        raise ModelError(f"base_model: {location} is a {what}, not a causal language model")
+        hint = ""
+        if is_vision_language(values):
+            hint = "; to train it on rows with images set `processor_type: AutoProcessor`"
+        raise ModelError(f"base_model: {location} is a {what}, not a causal language model{hint}")
 
 
 def _folder_advice(folder: Path) -> str:
@@ -183,7 +202,7 @@ def describe_model(model: PreTrainedModel | PeftModel) -> dict[str, Any]:
     total = trainable = 0
     bytes_by_dtype: Counter[str] = Counter()
     for parameter in model.parameters():
-        total += parameter.numel()
+        total += element_count(parameter)
         trainable += parameter.numel() if parameter.requires_grad else 0
         bytes_by_dtype[str(parameter.dtype).removeprefix("torch.")] += parameter.numel() * parameter.element_size()
     embedding = base.get_input_embeddings().weight

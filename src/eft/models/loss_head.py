@@ -48,6 +48,7 @@ class HeadLoss(Protocol):
         *,
         scale: float = 1.0,
         softcap: float | None = None,
+        groups: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor: ...
 
 
@@ -83,14 +84,19 @@ _hooked: WeakSet[nn.Module] = WeakSet()
 
 @contextmanager
 def loss_request(
-    head: LossHead, loss: HeadLoss, positions: Tensor, targets: Tensor, weights: Tensor | None
+    head: LossHead,
+    loss: HeadLoss,
+    positions: Tensor,
+    targets: Tensor,
+    weights: Tensor | None,
+    groups: tuple[Tensor, Tensor] | None = None,
 ) -> Iterator[None]:
     """Inside it the model's forward gives Σ weight · loss of the trained tokens as `output.loss`, and empty logits.
 
-    positions int64 [K], indices into the flattened batch; targets int64 [K]; weights [K] or None. The model must have
-    been through `find_loss_head`.
+    positions int64 [K], indices into the flattened batch; targets int64 [K]; weights [K] or None; `groups`
+    as in `loss.linear.head_loss`. The model must have been through `find_loss_head`.
     """
-    arithmetic = partial(loss, scale=head.scale, softcap=head.softcap)
+    arithmetic = partial(loss, scale=head.scale, softcap=head.softcap, groups=groups)
 
     def compute(hidden: Tensor, module: nn.Module) -> Tensor:
         return arithmetic(hidden, module, targets, weights)

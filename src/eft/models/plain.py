@@ -13,11 +13,12 @@ from typing import cast
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from eft.core.errors import ModelError
+from eft.models.quantised import plain_weight, quantised_layers
 from eft.models.seeding import seeded_rng
 
 State = dict[str, Tensor]
@@ -29,10 +30,19 @@ def base_model_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 
 
 def base_state(model: PreTrainedModel | PeftModel) -> State:
-    """The base model's own state under its own names, on the CPU, without anything an adapter added. Not copied."""
+    """The base model's own state under its own names, on the CPU, without anything an adapter added. Not copied.
+
+    Quantised layers give the weights that they stand for.
+    """
     base = base_model_of(model)
     live = base.state_dict()
-    renamed = _unwrapped_names(base, list(live))
+    for layer, module in quantised_layers(base).items():
+        # Packed, with its scales beside it under further names.
+        packed = [name for name in live if name.startswith(f"{layer}.") and name != f"{layer}.bias"]
+        for name in packed:
+            del live[name]
+        live[f"{layer}.weight"] = plain_weight(module, base.config.dtype)
+    renamed = unwrapped_names(base, list(live))
     return _on_cpu({plain: live[name] for name, plain in renamed.items()})
 
 
@@ -47,21 +57,25 @@ def _on_cpu(state: Mapping[str, Tensor]) -> State:
     return {name: moved.setdefault(id_of(tensor), tensor.detach().cpu()) for name, tensor in state.items()}
 
 
-def _unwrapped_names(base: nn.Module, names: list[str]) -> dict[str, str]:
+def unwrapped_names(base: nn.Module, names: list[str]) -> dict[str, str]:
     """Live name → plain name, for those of `names` that belong to the base model and not to an adapter."""
     inner: dict[str, str] = {}
     for prefix, module in base.named_modules():
         if isinstance(module, BaseTunerLayer):
             inner[f"{prefix}."] = "base_layer."
+        elif isinstance(module, TrainableTokensWrapper):
+            inner[f"{prefix}."] = "token_adapter."
         elif isinstance(module, AuxiliaryTrainingWrapper):
             inner[f"{prefix}."] = "original_module."
     result: dict[str, str] = {}
     for name in names:
-        wrapper = next((prefix for prefix in inner if name.startswith(prefix)), None)
-        if wrapper is None:
-            result[name] = name
-        elif name.startswith(wrapper + inner[wrapper]):
-            result[name] = wrapper + name.removeprefix(wrapper + inner[wrapper])
+        # Wrappers nest: several adapted parameters of one module have one each.
+        wrappers = [prefix for prefix in inner if name.startswith(prefix)]
+        if all(name.startswith(prefix + inner[prefix]) for prefix in wrappers):
+            plain = name
+            for prefix in sorted(wrappers, key=len, reverse=True):
+                plain = prefix + plain.removeprefix(prefix + inner[prefix])
+            result[name] = plain
     return result
 
 
@@ -100,7 +114,9 @@ def plain_base(model: PreTrainedModel | PeftModel, dtype: torch.dtype) -> PreTra
     """
     base = base_model_of(model)
     # Through a dict, as if saved and loaded: leaves behind the attention name and whatever else lives only in memory.
-    config = type(base.config).from_dict(base.config.to_dict())
+    values = base.config.to_dict()
+    values.pop("quantization_config", None)
+    config = type(base.config).from_dict(values)
     with seeded_rng(0):
         plain, info = type(base).from_pretrained(
             None, config=config, state_dict=base_state(model), dtype=dtype, output_loading_info=True
@@ -117,7 +133,7 @@ def plain_base(model: PreTrainedModel | PeftModel, dtype: torch.dtype) -> PreTra
 def _copy_unsaved_buffers(base: nn.Module, plain: nn.Module) -> None:
     """Give `plain` the live buffers that no file holds (RoPE frequencies), so that a live one gone wrong shows up."""
     saved = base.state_dict().keys()
-    names = _unwrapped_names(base, [name for name, _ in base.named_buffers() if name not in saved])
+    names = unwrapped_names(base, [name for name, _ in base.named_buffers() if name not in saved])
     for live_name, name in names.items():
         target, live = plain.get_buffer(name), base.get_buffer(live_name)
         if target.shape == live.shape:

@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from eft.core.errors import PromiseBroken
 from eft.core.records import PromiseResult
 from eft.models.attention import BoundarySupport, base_of, measure_boundaries
 
@@ -106,10 +108,11 @@ class TrainedTensorAudit:
         idle: list[str] = []
         moved: list[str] = []
         trainable = frozen = 0
-        for name, parameter in _parameters(self._model):
+        parameters = dict(_parameters(self._model))
+        flags = [not torch.equal(_checksum(parameter), self._before[name]) for name, parameter in parameters.items()]
+        for (name, parameter), changed in zip(parameters.items(), _on_any_rank(flags), strict=True):
             trainable += parameter.requires_grad
             frozen += not parameter.requires_grad
-            changed = not torch.equal(_checksum(parameter), self._before[name])
             if parameter.requires_grad and not changed:
                 idle.append(name)
             elif changed and not parameter.requires_grad:
@@ -131,9 +134,30 @@ class TrainedTensorAudit:
         )
 
 
+def require_gradients(loss: Tensor, model: nn.Module) -> None:
+    """Raise PromiseBroken for a loss to train on that depends on no trained tensor: its backward would only say so."""
+    if not torch.is_grad_enabled() or loss.requires_grad:
+        return
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    cut = f"the loss depends on none of the {len(names)} trainable tensors: {_some(names)}" if names else ""
+    raise PromiseBroken(f"trained tensors: {cut or 'nothing is trainable'}")
+
+
 def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Named parameters of which this process holds at least one element (a shard may be empty)."""
-    return ((name, parameter) for name, parameter in model.named_parameters() if _local(parameter).numel())
+    """Named parameters that have elements, here or on another process."""
+    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.numel())
+
+
+def _on_any_rank(flags: list[bool]) -> list[bool]:
+    """Which of the flags some process raised: its shard of a tensor may be the only one that changed."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return flags
+    # int32: what every backend can compare.
+    raised = torch.tensor(flags, dtype=torch.int32)
+    if dist.get_backend() == "nccl":
+        raised = raised.cuda()
+    dist.all_reduce(raised, dist.ReduceOp.MAX)
+    return [bool(flag) for flag in raised.tolist()]
 
 
 def _local(parameter: Tensor) -> Tensor:

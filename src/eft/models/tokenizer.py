@@ -51,7 +51,9 @@ def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
                 )
         tokenizer.add_special_tokens({role: _added(text) for role, text in cfg.special_tokens.items()})
     if cfg.tokens:
-        tokenizer.add_tokens([_added(text) for text in cfg.tokens])
+        # Adding a special token again would make it an ordinary one, which decoding no longer leaves out.
+        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        tokenizer.add_tokens([_added(text) for text in cfg.tokens if text not in special])
     if tokenizer.pad_token is None:
         tokenizer.pad_token = _spare_pad_token(tokenizer)
     return tokenizer
@@ -158,13 +160,18 @@ def _check_new_rows_trained(
     shown = ", ".join(repr(text) for text in learnt[:4])
     names = embedding_modules(model)
     if cfg.adapter is not None:
-        saved = cfg.lora_modules_to_save or []
+        if cfg.peft_trainable_token_indices == "new" or cfg.adapter == "peft":
+            return
+        rows = cfg.peft_trainable_token_indices
+        by_module = rows if isinstance(rows, dict) else dict.fromkeys(names[:1], rows or [])
+        covers = {name for name, ids in by_module.items() if {added[text] for text in learnt} <= set(ids)}
+        saved = [*(cfg.lora_modules_to_save or []), *covers]
         trained = [name for name in names if any(name.endswith(entry) for entry in saved)]
         if len(trained) < (1 if _is_tied(model) else len(names)):
             wanted = ", ".join(name.rpartition(".")[2] for name in (names[:1] if _is_tied(model) else names))
             raise ConfigError(
                 f"tokens: {shown} would be new to the model, and with an adapter their embeddings are not trained; "
-                f"set lora_modules_to_save: [{wanted}]"
+                f"set peft_trainable_token_indices: new, or lora_modules_to_save: [{wanted}]"
             )
         return
     trained_names = trained_base_parameters(model, cfg)

@@ -8,6 +8,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,11 @@ from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
 from eft.core.constants import MANIFEST_NAME
+from eft.core.errors import PromiseBroken
 from eft.core.hashing import hash_file
 from eft.core.records import PromiseResult
 from eft.models.load import base_dtype
@@ -31,7 +34,9 @@ from eft.models.plain import (
     plain_instance,
     probe_logits,
 )
+from eft.models.quantised import quantisation_facts
 
+VERIFIED = "VERIFIED: a fresh process with plain from_pretrained gives the live logits"
 CHILD_TIMEOUT_S = 3600
 _LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -133,42 +138,118 @@ def _left_out(model: PreTrainedModel | PeftModel, seen: set[str]) -> list[str]:
     ]
 
 
+@dataclass(frozen=True)
+class Probe:
+    """What a saved model must answer: taken from the live one at a moment, compared at any later one."""
+
+    ids: list[int]
+    """The document."""
+    logits: Tensor
+    """[tokens, vocabulary], of a plain instance of the live weights, in the dtype of the files, on the CPU."""
+    encoded: list[int]
+    """What the tokenizer makes of the text that it decodes `ids` to."""
+    seconds: float
+    """That it took."""
+
+    def check(self, folder: Path) -> PromiseResult:
+        """E6 VERIFIED of the save in `folder`, whose manifest is there: asks a fresh process."""
+        started = time.monotonic()
+        child, error = _run_child(folder, self.ids)
+        if child is None:
+            return PromiseResult("E6", VERIFIED, "fail", f"plain transformers could not load {folder}: {error}")
+        seconds = self.seconds + time.monotonic() - started
+        numbers = {
+            "tokens": float(len(self.ids)),
+            "seconds": round(seconds, 1),
+            "process_peak_mib": float(child["peak_mib"]),
+        }
+        logits = child["logits"]
+        if logits.shape != self.logits.shape:
+            detail = f"logits have shape {list(logits.shape)}, the live model's {list(self.logits.shape)}"
+            return PromiseResult("E6", VERIFIED, "fail", detail, numbers)
+        difference = float((logits.float() - self.logits.float()).abs().max())
+        numbers |= {"max_abs_difference": difference, "max_abs_logit": float(self.logits.float().abs().max())}
+        if not torch.equal(logits, self.logits):
+            return PromiseResult("E6", VERIFIED, "fail", f"logits differ by up to {difference:.3g}", numbers)
+        if "tokens" in child and child["tokens"].tolist() != self.encoded:
+            return PromiseResult("E6", VERIFIED, "fail", "the saved tokenizer encodes the probe differently", numbers)
+        return PromiseResult("E6", VERIFIED, "pass", f"logits of {len(self.ids)} tokens are bit-equal", numbers)
+
+
+def take_probe(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, ids: list[int], dtype: torch.dtype
+) -> Probe:
+    """The live model's logits on the document `ids`, as files in `dtype` must give them.
+
+    From a plain second instance holding the live weights, on the CPU with as many threads as the fresh process gets, so
+    that bit-equality can be expected.
+    """
+    started = time.monotonic()
+    weights_dtype = base_dtype(model) if isinstance(model, PeftModel) else dtype
+    logits = probe_logits(plain_instance(model, weights_dtype, adapter_dtype=dtype), ids)
+    encoded = tokenizer.encode(tokenizer.decode(ids), add_special_tokens=False)
+    return Probe(ids, logits, encoded, time.monotonic() - started)
+
+
 def verify_export(
     folder: Path, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, ids: list[int]
 ) -> PromiseResult:
     """E6 VERIFIED: plain transformers, in a fresh process, gives the live weights' logits on the document `ids`.
 
-    The expected logits come from a plain second instance holding the live weights in the export's dtype, on the CPU
-    with as many threads. Bit-equality is expected; the largest difference is reported otherwise. Not applicable to an
-    adapter whose base exists only in memory.
+    Not applicable to an adapter whose base exists only in memory.
     """
-    title = "VERIFIED: a fresh process with plain from_pretrained gives the live logits"
     problems = manifest_problems(folder)
     if problems:
-        return PromiseResult("E6", title, "fail", "; ".join(problems[:3]))
+        return PromiseResult("E6", VERIFIED, "fail", "; ".join(problems[:3]))
     manifest = json.loads((folder / MANIFEST_NAME).read_text())
     if isinstance(model, PeftModel) and manifest["base_model"] is None:
-        return PromiseResult("E6", title, "not applicable", "the adapter's base model was never loaded from files")
-    started = time.monotonic()
-    child, error = _run_child(folder, ids)
-    if child is None:
-        return PromiseResult("E6", title, "fail", f"plain transformers could not load {folder}: {error}")
-    dtype: torch.dtype = getattr(torch, manifest["dtype"])
-    weights_dtype = base_dtype(model) if isinstance(model, PeftModel) else dtype
-    expected = probe_logits(plain_instance(model, weights_dtype, adapter_dtype=dtype), ids)
-    numbers = {"tokens": float(len(ids)), "seconds": round(time.monotonic() - started, 1)}
-    logits = child["logits"]
-    if logits.shape != expected.shape:
-        detail = f"logits have shape {list(logits.shape)}, the live model's {list(expected.shape)}"
-        return PromiseResult("E6", title, "fail", detail, numbers)
-    difference = float((logits.float() - expected.float()).abs().max())
-    numbers |= {"max_abs_difference": difference, "max_abs_logit": float(expected.float().abs().max())}
-    if not torch.equal(logits, expected):
-        return PromiseResult("E6", title, "fail", f"logits differ by up to {difference:.3g}", numbers)
-    wanted = tokenizer.encode(tokenizer.decode(ids), add_special_tokens=False)
-    if "tokens" in child and child["tokens"].tolist() != wanted:
-        return PromiseResult("E6", title, "fail", "the saved tokenizer encodes the probe differently", numbers)
-    return PromiseResult("E6", title, "pass", f"logits of {len(ids)} tokens are bit-equal", numbers)
+        return PromiseResult("E6", VERIFIED, "not applicable", "the adapter's base model was never loaded from files")
+    return take_probe(model, tokenizer, ids, getattr(torch, manifest["dtype"])).check(folder)
+
+
+def probe_save(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: list[int],
+    *,
+    gguf_file: str | None = None,
+) -> tuple[dict[str, Any], Callable[[Path], None]]:
+    """For `verify_saves: always`: what the manifest of a checkpoint of `model` must say so that it can be loaded, and
+    the check of the written folder, which raises PromiseBroken where plain transformers finds another model in it.
+
+    The checkpoint's weights are read as fp32, which holds all dtypes of a live model exactly. Nothing is checked of an
+    adapter that peft alone cannot load: with trained weights of the base beside it, over a base with added rows or one
+    that exists in memory only.
+    """
+    facts: dict[str, Any] = {
+        "dtype": "float32",
+        "vocabulary_rows": int(model.get_input_embeddings().weight.shape[0]),
+        "base_model": None,
+    }
+    if isinstance(model, PeftModel):
+        revision = model.peft_config[model.active_adapter].revision
+        base = model.get_base_model().config.name_or_path or None
+        facts |= {"base_model": base, "gguf_file": gguf_file, "revision": revision}
+        facts["quantization"] = quantisation_facts(model.get_base_model())
+        if base is None or _base_has_changed(model, base, gguf_file):
+            return facts, lambda folder: None
+    probe = take_probe(model, tokenizer, ids, torch.float32)
+
+    def check(folder: Path) -> None:
+        result = probe.check(folder)
+        if result.status == "fail":
+            raise PromiseBroken(f"{result.promise} {result.title}: {result.detail}. {folder.name} was not kept.")
+
+    return facts, check
+
+
+def _base_has_changed(model: PeftModel, base: str, gguf_file: str | None) -> bool:
+    """Whether the base in memory is not that of its files, beside what the adapter covers."""
+    options = {} if gguf_file is None else {"gguf_file": gguf_file}
+    rows = AutoConfig.from_pretrained(base, **options).get_text_config().vocab_size
+    covered = {id_of(tensor) for tensor in live_adapter_state(model, with_embeddings=False).values()}
+    trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
+    return bool(rows != model.get_input_embeddings().weight.shape[0]) or any(id_of(p) not in covered for p in trained)
 
 
 def _run_child(folder: Path, ids: list[int]) -> tuple[dict[str, Tensor] | None, str]:

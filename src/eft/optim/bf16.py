@@ -50,6 +50,10 @@ class Fp32Updates:
         self.update, self.seed = update, seed
         parameters = (parameter for group in self.param_groups for parameter in group["params"])
         self.numbers = {parameter: number for number, parameter in enumerate(parameters)}
+        # Adagrad has state before its first step.
+        for parameter in self.numbers.keys() & self.state.keys():
+            entries = self.state[parameter]
+            entries.update({name: value.float() for name, value in entries.items() if value.dtype == torch.bfloat16})
 
     def step(self, closure: None = None) -> None:
         """One update of every parameter that has a gradient."""

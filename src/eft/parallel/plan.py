@@ -4,23 +4,100 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from eft.config.training import TrainingConfig
+from eft.config.parallel import ParallelConfig
+from eft.config.root import TrainConfig
 from eft.core.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class Degrees:
-    """How many processes there are and how many of them see different data."""
+    """How the processes share the work. Ranks count with tensor parallelism fastest, then context, shards, copies."""
 
     world_size: int
-    dp: int
-    """Data-parallel degree: the number of different micro-batches that are computed at the same time."""
+    dp_replicate: int = 1
+    """Copies of the weights."""
+    dp_shard: int = 1
+    """Data-parallel processes that share one copy."""
+    tp: int = 1
+    cp: int = 1
+    sharded: bool = False
+    """FSDP2; False: each data-parallel process has all weights (or its tensor-parallel part)."""
+
+    def __post_init__(self) -> None:
+        assert self.dp * self.tp * self.cp == self.world_size
+
+    @property
+    def dp(self) -> int:
+        """Data-parallel degree: the number of different micro-batches that are computed at the same time."""
+        return self.dp_replicate * self.dp_shard
+
+    @property
+    def gradient_ranks(self) -> int:
+        """Processes over which gradients are averaged."""
+        return self.dp * self.cp
+
+    def data_rank(self, rank: int) -> int:
+        """Which of the `dp` micro-batches a process works on."""
+        return rank // (self.tp * self.cp)
+
+    def __str__(self) -> str:
+        kind = "HSDP" if self.sharded and self.dp_replicate > 1 else "FSDP2" if self.sharded else "DDP"
+        shape = f"{self.dp_replicate} × {self.dp_shard}" if kind == "HSDP" else str(self.dp)
+        parts = [f"{kind} {shape}"] if self.dp > 1 or self.sharded else []
+        parts += [f"{name} {size}" for name, size in (("TP", self.tp), ("CP", self.cp)) if size > 1]
+        return " × ".join(parts) or "one process"
 
     @classmethod
-    def resolve(cls, world_size: int) -> Degrees:
-        """Pure data parallelism: every process computes its own micro-batches."""
+    def resolve(cls, world_size: int, keys: ParallelConfig | None = None) -> Degrees:
+        """Every degree, of which the config may give none, some or all; without keys pure data parallelism.
+
+        Raises:
+            ConfigError: the given ones do not divide the processes, or do not go together; the message names the keys.
+        """
         assert world_size >= 1
-        return cls(world_size=world_size, dp=world_size)
+        if keys is None:
+            return cls(world_size, dp_replicate=world_size)
+        tp, cp = keys.tensor_parallel_size, keys.context_parallel_size
+        shard, replicate = keys.dp_shard_size, keys.dp_replicate_size
+        # All of them are read, also where one says enough: with one process they ask for nothing, and are no mistake.
+        asked = any([keys.fsdp_config is not None, keys.fsdp_version is not None, (shard or 1) > 1])
+        for name, size in (("tensor_parallel_size", tp), ("context_parallel_size", cp)):
+            if world_size % size:
+                raise ConfigError(f"{name}: {size} does not divide {_count(world_size)}; {_nearest(size, world_size)}")
+        if world_size % (tp * cp):
+            raise ConfigError(
+                f"context_parallel_size: {cp} × `tensor_parallel_size` {tp} does not divide {_count(world_size)}"
+            )
+        data = world_size // (tp * cp)
+        inner = f"{_count(world_size)}" + (f" ÷ {tp * cp} that share each batch" if tp * cp > 1 else "")
+        for name, given in (("dp_shard_size", shard), ("dp_replicate_size", replicate)):
+            if given is not None and data % given:
+                raise ConfigError(f"{name}: {given} does not divide {data} ({inner}); {_nearest(given, data)}")
+        if not asked:
+            shard = 1
+        elif shard is None:
+            shard = data // (replicate or 1)
+        replicate = data // shard if replicate is None else replicate
+        if shard * replicate != data:
+            raise ConfigError(
+                f"dp_replicate_size: {replicate} × `dp_shard_size` {shard} is {shard * replicate}, but there are "
+                f"{data} data-parallel processes ({inner}); leave one of the two out"
+            )
+        if tp > 1 and data > 1:
+            raise ConfigError(
+                f"tensor_parallel_size: {tp} leaves {data} data-parallel processes beside it; the two together are not "
+                f"offered. Start {tp} processes, or shard the weights instead (`fsdp_version: 2`)."
+            )
+        return cls(world_size, replicate, shard, tp, cp, sharded=asked and data * cp > 1)
+
+
+def _count(world_size: int) -> str:
+    return f"{world_size} process{'es' * (world_size > 1)}"
+
+
+def _nearest(size: int, total: int) -> str:
+    divisors = [number for number in range(1, total + 1) if total % number == 0]
+    return f"use {min(divisors, key=lambda number: (abs(number - size), number))}"
 
 
 @dataclass(frozen=True)
@@ -88,11 +165,11 @@ def _divide(global_batch: int, at_once: int, product: str, *, pinned: bool) -> i
     raise ConfigError(f"global_batch_size: {global_batch} is no multiple of {product}; use {near}.")
 
 
-def batch_of(cfg: TrainingConfig, world_size: int) -> BatchPlan:
-    """The batch arithmetic of a config on `world_size` data-parallel processes. Raises as `resolve_batch`."""
+def batch_of(cfg: TrainConfig, world_size: int) -> BatchPlan:
+    """The batch arithmetic of a config on `world_size` processes. Raises as `resolve_batch` and `Degrees.resolve`."""
     return resolve_batch(
         micro_batch_size=cfg.micro_batch_size,
         gradient_accumulation_steps=cfg.gradient_accumulation_steps,
         global_batch_size=cfg.global_batch_size,
-        degrees=Degrees.resolve(world_size),
+        degrees=Degrees.resolve(world_size, cfg),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from functools import partial
 from pathlib import Path
 
@@ -18,12 +19,24 @@ from eft.runtime.env import Environment
 from eft.runtime.memory import gauge_of
 from eft.trainer.parts import TrainerParts
 
+logger = logging.getLogger(__name__)
+
 
 def preflight_is_wanted(config: TrainConfig, environment: Environment) -> bool:
-    """`preflight`, where `auto` is: on an accelerator."""
+    """`preflight`, where `auto` is: on an accelerator, and over data that are known before the run."""
     if config.preflight == "auto":
-        return environment.device.type != "cpu"
+        return environment.device.type != "cpu" and not config.streaming
     return config.preflight
+
+
+def say_untried(world_size: int) -> None:
+    """Warn that a run of several processes has no preflight: each would try micro-batches in a number of its own."""
+    logger.warning(
+        "preflight: not tried with %d processes, so too little memory shows only when it is reached; "
+        "`eft plan --world-size %d` estimates what each of them needs",
+        world_size,
+        world_size,
+    )
 
 
 def preflight_of(

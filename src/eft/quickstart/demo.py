@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from eft import run
+from eft import inputs, run
 from eft.config.load import LoadedConfig
 from eft.config.model import ModelConfig
 from eft.config.root import TrainConfig
@@ -73,9 +73,9 @@ def run_demo(
     console.print("Unpacking the model …")
     lay_out_model(material, Path(config.base_model))
     rows = [json.loads(line) for line in held_out.read_text().splitlines()]
-    tokenizer = run.prepare_tokenizer(config)
-    meta = run.load_datasets(config, tokenizer)
-    base = run.load_trainable_model(config, tokenizer)
+    tokenizer = inputs.prepare_tokenizer(config)
+    meta = inputs.load_datasets(config, tokenizer)
+    base = inputs.load_trainable_model(config, tokenizer)
     set_dtypes(base)
     console.print(f"The base model answers {len(rows)} held-out questions …")
     answers_before = _answers(base, tokenizer, rows)

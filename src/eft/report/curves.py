@@ -10,18 +10,21 @@ from eft.report.charts import Chart
 from eft.report.reading import Json, RunFiles, is_eval_loss, number
 from eft.report.series import Series, smooth
 
+_SHARE = "share/"
+_SOURCES = 5
 SMOOTH_FROM = 25
 """Shorter loss curves are drawn as they are."""
 
 
 def run_charts(run: RunFiles) -> list[Chart]:
-    """Loss, learning rate, gradient norm and throughput."""
+    """Loss, that of each data set where there are several, learning rate, gradient norm and throughput."""
     marks = epoch_ends(run.plan)
     note = "dashed lines: epoch ends" if marks else ""
     return [
         Chart(
             "loss", "Loss", [*_smoothed(run.training, "loss", "training"), *_evaluation(run)], marks=marks, note=note
         ),
+        *_by_data_set(run, marks),
         Chart(
             "learning-rate",
             "Learning rate",
@@ -38,6 +41,23 @@ def run_charts(run: RunFiles) -> list[Chart]:
         ),
         Chart("throughput", "Tokens per second", _throughput(run.training), "linear", True, marks),
     ]
+
+
+def _by_data_set(run: RunFiles, marks: list[float]) -> list[Chart]:
+    """The training loss of the data sets with the most trained tokens."""
+    weights: dict[str, float] = {}
+    for row in run.training:
+        for key in row:
+            if key.startswith(_SHARE):
+                weights[key] = weights.get(key, 0.0) + number(row[key])
+    names = [key.removeprefix(_SHARE) for key in sorted(weights, key=weights.__getitem__, reverse=True)]
+    if len(names) < 2:
+        return []
+    shown = [_smoothed(run.training, f"loss/{name}", name, colour)[-1] for colour, name in enumerate(names[:_SOURCES])]
+    lines = [Series(name, each.x, each.y, "line", each.colour) for name, each in zip(names, shown, strict=False)]
+    left = len(names) - len(lines)
+    note = f"the {_SOURCES} with the most trained tokens; {left} more in metrics.jsonl" if left else ""
+    return [Chart("loss-by-data-set", "Loss by data set", lines, marks=marks, note=note)]
 
 
 def column(rows: Sequence[Json], name: str, label: str, colour: int = 0) -> Series:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -38,7 +38,19 @@ def write_report(output_dir: Path) -> Path:
 
 
 def render_page(run: RunFiles) -> str:
-    """The whole document. A policy in its head forbids every request, and every script but ours (by its hash)."""
+    """The whole document about a run."""
+    sections = list(_sections(run))
+    model = re.search(r"^base_model: (.*?)(?:\s+#.*)?$", run.config_text, re.MULTILINE)
+    lead = f"{model[1]}, fine-tuned with eft" if model else "Fine-tuned with eft"
+    top = cards_markup(run_cards(run))
+    if run.problems:
+        problems = "Not all of the run is here: " + "; ".join(run.problems) + "."
+        top = Markup(top + element("div", escape(problems), class_="problems"))
+    return document(f"{run.name} · eft report", page_body(run.name, run_state(run), lead, top, sections, "eft report"))
+
+
+def document(title: str, body: Markup) -> str:
+    """A page. A policy in its head forbids every request, and every script but ours (by its hash)."""
     style = resources.files("eft.report").joinpath("page.css").read_text(encoding="utf-8")
     script = resources.files("eft.report").joinpath("page.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -48,11 +60,33 @@ def render_page(run: RunFiles) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
-        f"<title>{escape(run.name)} · eft report</title><style>{style}</style>"
+        f"<title>{escape(title)}</title><style>{style}</style>"
     )
-    sections = list(_sections(run))
-    body = _header(run, sections) + element("main", _main(run, sections)) + f"<script>{script}</script>"
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>{body}</body></html>\n'
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>{body}<script>{script}</script></body></html>\n'
+
+
+def page_body(
+    name: str,
+    state: tuple[str, str],
+    lead: str,
+    top: Markup,
+    sections: Sequence[tuple[str, str, str, Markup]],
+    command: str,
+) -> Markup:
+    """Header with links, what stands on top, then the sections: (anchor, title, note, body) each."""
+    look, words = state
+    title = element("h1", escape(name) + element("span", escape(words), class_=f"state {look}".strip()))
+    links = element("nav", join(element("a", escape(title), href=f"#{anchor}") for anchor, title, _, _ in sections))
+    header = element("header", element("div", title + element("p", escape(lead), class_="lead") + links), class_="top")
+    parts = [top]
+    for anchor, section, note, body in sections:
+        heading = element("h2", escape(section) + (element("small", escape(note)) if note else ""))
+        parts.append(element("section", heading + body, id=anchor))
+    words = f"Made from the files in this folder by `{command}`. Nothing on this page is fetched."
+    if command != "eft report":
+        words = f"Made by `{command}`. Nothing on this page is fetched."
+    parts.append(element("footer", escape(words)))
+    return Markup(header + element("main", join(parts)))
 
 
 def _sections(run: RunFiles) -> Iterator[tuple[str, str, str, Markup]]:
@@ -76,29 +110,3 @@ def _sections(run: RunFiles) -> Iterator[tuple[str, str, str, Markup]]:
     environment = run.summary.get("environment")
     if isinstance(environment, dict) and environment:
         yield "environment", "Environment", "", environment_section(environment)
-
-
-def _header(run: RunFiles, sections: list[tuple[str, str, str, Markup]]) -> Markup:
-    state, words = run_state(run)
-    title = element("h1", escape(run.name) + element("span", escape(words), class_=f"state {state}".strip()))
-    model = re.search(r"^base_model: (.*?)(?:\s+#.*)?$", run.config_text, re.MULTILINE)
-    lead = element("p", escape(f"{model[1]}, fine-tuned with eft" if model else "Fine-tuned with eft"), class_="lead")
-    links = element("nav", join(element("a", escape(name), href=f"#{anchor}") for anchor, name, _, _ in sections))
-    return element("header", element("div", title + lead + links), class_="top")
-
-
-def _main(run: RunFiles, sections: list[tuple[str, str, str, Markup]]) -> Markup:
-    parts = [cards_markup(run_cards(run))]
-    if run.problems:
-        parts.append(
-            element("div", escape("Not all of the run is here: " + "; ".join(run.problems) + "."), class_="problems")
-        )
-    for anchor, name, note, body in sections:
-        heading = element("h2", escape(name) + (element("small", escape(note)) if note else ""))
-        parts.append(element("section", heading + body, id=anchor))
-    parts.append(
-        element(
-            "footer", escape("Made from the files in this folder by `eft report`. Nothing on this page is fetched.")
-        )
-    )
-    return join(parts)

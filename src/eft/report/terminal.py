@@ -44,6 +44,21 @@ def ledger_table(rows: Iterable[Sequence[str]]) -> Table:
     return table
 
 
+def gates_table(report: dict[str, Any]) -> Table:
+    """One line per gate that judged something, from `GateReport.to_json()`."""
+    table = Table(title="Data gates", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("data set", "gate", "state", "found", "limit"):
+        table.add_column(name, justify="right" if name in ("found", "limit") else "left", overflow="fold")
+    for gate in report["gates"]:
+        if gate["status"] == "not applicable":
+            continue
+        state = Text("over", style="bold red") if gate["status"] == "over" else Text("pass", style="green")
+        what = Text.assemble((gate["gate"], "bold"), f" {gate['what']}")
+        found = Text(f"{gate['faulty']:,} of {gate['judged']:,} ({100 * gate['share']:.3g} %)")
+        table.add_row(Text(gate["source"]), what, state, found, Text(f"{100 * gate['limit']:.3g} %"))
+    return table
+
+
 def promises_table(results: Iterable[PromiseResult]) -> Table:
     """One line per promise: what was shown, and the numbers."""
     table = Table(title="Promises", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
@@ -92,14 +107,6 @@ def answers_table(samples: Sequence[dict[str, Any]]) -> Table:
         right = bool(cells[1]) and cells[1] == cells[3]
         table.add_row(*(Text(cell) for cell in cells[:3]), Text(cells[3], style="green" if right else ""))
     return table
-
-
-def trained_text(pieces: Sequence[str], trained: Sequence[bool]) -> Text:
-    """Decoded tokens in order; trained ones stand out by colour and underline, so also without colour sight."""
-    text = Text()
-    for piece, is_trained in zip(pieces, trained, strict=True):
-        text.append(piece, style="green underline" if is_trained else "dim")
-    return text
 
 
 def curve(title: str, values: Sequence[float], *, width: int = 60, height: int = 6) -> Text:

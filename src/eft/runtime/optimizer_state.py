@@ -17,13 +17,16 @@ from torch.optim.lr_scheduler import LambdaLR
 from eft.core.atomic import write_json
 from eft.core.errors import CheckpointError
 from eft.runtime.draft import Draft
-from eft.runtime.tensors import check_names, read_tensors
+from eft.runtime.sharding import ONE_PROCESS, Sharding
+from eft.runtime.tensors import TensorFiles, check_names
 
 TENSOR_FILE = "optimizer.safetensors"
 SCALAR_FILE = "optimizer.json"
 SCHEDULER_FILE = "scheduler.json"
 
 _NOT_STORED = ("params", "param_names")
+_KERNEL = frozenset({"fused", "foreach"})
+"""Group entries that say how the update is computed, not what: tensors in parts have other kernels than whole ones."""
 _MOVING = frozenset({"lr", "step", "k", "weight_sum", "lr_max", "scheduled_lr", "train_mode"})
 """Group entries that an optimizer or a schedule changes as it runs; all others are settings."""
 
@@ -60,10 +63,18 @@ def add_optimizer(draft: Draft, optimizer: Optimizer, model: nn.Module) -> None:
     draft.add_json(SCALAR_FILE, {"class": _class_name(optimizer), "groups": groups, "scalars": scalars})
 
 
-def load_optimizer(folder: Path, optimizer: Optimizer, model: nn.Module, *, allow_change: bool = False) -> None:
-    """Restore what `save_optimizer` wrote, bit for bit, into `optimizer`, replacing all of its state.
+def load_optimizer(
+    folder: Path,
+    optimizer: Optimizer,
+    model: nn.Module,
+    *,
+    sharding: Sharding = ONE_PROCESS,
+    allow_change: bool = False,
+) -> None:
+    """Restore this process's part of what `save_optimizer` wrote, bit for bit, replacing all state of `optimizer`.
 
     Args:
+        sharding: how the parameters lie here; state of a parameter's shape lies as the parameter does.
         allow_change: settings that differ (weight decay, betas) keep the live value instead of being an error.
 
     Raises:
@@ -71,7 +82,7 @@ def load_optimizer(folder: Path, optimizer: Optimizer, model: nn.Module, *, allo
     """
     path = folder / SCALAR_FILE
     saved = _read_json(path)
-    tensors = read_tensors(folder / TENSOR_FILE)
+    files = TensorFiles(folder / TENSOR_FILE)
     if saved["class"] != _class_name(optimizer):
         raise CheckpointError(f"{path}: written by {saved['class']}; this run's optimizer is {_class_name(optimizer)}.")
     names = _names(model)
@@ -87,10 +98,10 @@ def load_optimizer(folder: Path, optimizer: Optimizer, model: nn.Module, *, allo
         for name, values in saved["scalars"].items():
             if name in parameters:
                 optimizer.state[parameters[name]].update({key: _from_json(value) for key, value in values.items()})
-        for entry, tensor in tensors.items():
+        for entry in files.names:
             name, key = entry.rsplit("/", 1)
             if name in parameters:
-                optimizer.state[parameters[name]][key] = _placed(tensor, key, parameters[name], group)
+                optimizer.state[parameters[name]][key] = _read_state(files, entry, parameters[name], group, sharding)
 
 
 def save_scheduler(folder: Path, scheduler: LambdaLR) -> None:
@@ -108,6 +119,11 @@ def load_scheduler(folder: Path, scheduler: LambdaLR) -> None:
     step = _read_json(path).get("step")
     if not isinstance(step, int) or step < 0:
         raise CheckpointError(f"{path}: `step` must be a whole number of at least 0, got {step!r}.")
+    place_scheduler(scheduler, step)
+
+
+def place_scheduler(scheduler: LambdaLR, step: int) -> None:
+    """Put `scheduler` and its optimizer's learning rates after `step` steps, by the closed form of its own settings."""
     factors = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
     rates = [base * factor(step) for base, factor in factors]
     state = {**scheduler.state_dict(), "last_epoch": step, "_step_count": step + 1, "_last_lr": rates}
@@ -120,6 +136,8 @@ def _restore_options(path: Path, group: dict[str, Any], stored: dict[str, Any], 
     label = group.get("name", "0")
     for key, encoded in stored.items():
         value = _from_json(encoded)
+        if key in _KERNEL:
+            continue
         if key in _MOVING or key not in group:
             group[key] = value
         elif group[key] != value and not allow_change:
@@ -130,10 +148,16 @@ def _restore_options(path: Path, group: dict[str, Any], stored: dict[str, Any], 
             )
 
 
-def _placed(tensor: Tensor, key: str, parameter: nn.Parameter, group: dict[str, Any]) -> Tensor:
-    """A copy where the optimizer keeps it: step counts on the host, unless the kernel reads them."""
-    on_host = key == "step" and not (group.get("fused") or group.get("capturable"))
-    return tensor.clone() if on_host else tensor.clone().to(parameter.device)
+def _read_state(
+    files: TensorFiles, entry: str, parameter: nn.Parameter, group: dict[str, Any], sharding: Sharding
+) -> Tensor:
+    """Where the optimizer keeps it: beside the parameter; step counts on the host, unless the kernel reads them."""
+    name, key = entry.rsplit("/", 1)
+    if key == "step" and not (group.get("fused") or group.get("capturable")):
+        return files.read(entry)
+    if files.shape(entry) == sharding.whole_shape(name, parameter):
+        return sharding.like(name, parameter, files.read(entry, sharding.part(name, parameter)))
+    return files.read(entry).to(parameter.device)
 
 
 def _names(model: nn.Module) -> dict[int, str]:

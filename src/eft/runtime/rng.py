@@ -87,8 +87,8 @@ def save_rng(folder: Path, *, rank: int = 0, world_size: int = 1) -> None:
 def add_rng(draft: Draft, *, rank: int = 0, world_size: int = 1) -> None:
     """Add this process's state as `rng_<rank>.json` and `rng_<rank>.safetensors`."""
     state = capture_rng()
-    draft.add_tensors(f"rng_{rank}.safetensors", state.tensors)
-    draft.add_json(f"rng_{rank}.json", {"world_size": world_size, **state.plain})
+    draft.add_own_tensors(f"rng_{rank}.safetensors", state.tensors)
+    draft.add_own_json(f"rng_{rank}.json", {"world_size": world_size, **state.plain})
 
 
 def load_rng(folder: Path, *, rank: int = 0, world_size: int = 1) -> bool:

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 
 from eft.core.atomic import remove_leftovers, write_json
 from eft.core.constants import CHECKPOINT_PREFIX
-from eft.core.errors import CheckpointError, ConfigError
+from eft.core.errors import CheckpointError, ConfigError, RunFinished
 
 RUN_FILE = "run.json"
 WAIT_S = 10.0
@@ -32,6 +32,8 @@ class RunFolder:
     continues: bool
     """Whether an unfinished run of the same identity was found here."""
     identity: dict[str, Any]
+    changed: list[str] = field(default_factory=list)
+    """`key: before → now` of the settings in which that run differs."""
     lock: int | None = field(default=None, repr=False)
     """Descriptor of the folder that keeps other processes out; the system gives it back when the process ends."""
 
@@ -63,8 +65,23 @@ class FolderRequest:
     """(identity before, identity now) to a list of `key: before → now`."""
     inputs: Mapping[str, Path] = field(default_factory=dict)
     """Config key to a file or folder that the run reads, and that must outlive a deletion of the earlier run."""
+    allow_change: bool = False
+    """Settings may differ from those of the run that is continued."""
     cache: Path | None = None
     """The prepared data: may lie in the folder, is neither foreign to it nor deleted with it."""
+    continues: bool = False
+    """A run of the same settings is continued, and is left alone once it is finished."""
+
+
+def check_finished(request: FolderRequest) -> None:
+    """Raise RunFinished where the same run was finished in the folder: a supervisor may start it again for ever."""
+    if not request.continues or request.overwrite or not (request.path / RUN_FILE).is_file():
+        return
+    before = _read_record(request.path / RUN_FILE)
+    if before["status"] == "finished" and not request.differences(before["identity"], request.identity):
+        raise RunFinished(
+            f"output_dir {request.path}: this run is finished, nothing is left to do (--overwrite trains it anew)."
+        )
 
 
 def check_run_folder(request: FolderRequest) -> Claim:
@@ -94,13 +111,15 @@ def check_run_folder(request: FolderRequest) -> Claim:
         _check_inputs(request)
         return "replace"
     if before["status"] == "finished":
+        check_finished(request)
         raise CheckpointError(f"output_dir {path}: holds a finished run. Choose another folder, or pass --overwrite.")
     changed = request.differences(before["identity"], request.identity)
-    if changed:
+    if changed and not request.allow_change:
         raise CheckpointError(
             f"output_dir {path}: holds an unfinished run of another config:\n  "
             + "\n  ".join(changed)
-            + "\nGo back to its settings to continue it, choose another folder, or pass --overwrite to delete it."
+            + "\nGo back to its settings to continue it, pass --allow-change to continue it with these, choose another "
+            "folder, or pass --overwrite to delete it."
         )
     return "continue"
 
@@ -108,10 +127,12 @@ def check_run_folder(request: FolderRequest) -> Claim:
 def claim_run_folder(request: FolderRequest) -> RunFolder:
     """Take the folder for this run, until `release`. Errors as `check_run_folder`."""
     claim = check_run_folder(request)
-    folder = RunFolder(request.path, claim == "continue", request.identity, _locked(request.path))
+    folder = RunFolder(request.path, claim == "continue", request.identity, lock=_locked(request.path))
     if claim == "replace":
         _clear(request.path, request.cache)
-    if claim != "continue":
+    if folder.continues:
+        folder.changed = request.differences(recorded_identity(request.path), request.identity)
+    if not folder.continues or folder.changed:
         # At once, so that a run that dies early leaves a folder that the next start knows.
         folder.mark("running")
     return folder

@@ -1,18 +1,23 @@
-"""Named tensors to and from a safetensors file: every bit, dtype and shape, proved by reading the file back."""
+"""Named tensors to and from safetensors files: every bit, dtype and shape, proved by reading the files back."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from eft.core.errors import CheckpointError, nearest
+from eft.runtime.sharding import Index, Sharding
 
+INDEX_SUFFIX = ".index.json"
+"""`model.safetensors.index.json` lists which of `model-00001-of-00003.safetensors` … holds which tensor."""
 _SHOWN = 5
 
 
@@ -36,7 +41,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors in `path`, memory-mapped on the CPU.
+    """The tensors in the one file `path`, memory-mapped on the CPU.
 
     Raises:
         CheckpointError: the file is missing or broken.
@@ -50,6 +55,70 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
+class TensorFiles:
+    """Tensors that were saved under one name: `model.safetensors`, or its shards with their index. Reads slices."""
+
+    def __init__(self, path: Path) -> None:
+        """Open what `path` names; nothing is read but the names.
+
+        Raises:
+            CheckpointError: a file is missing or broken.
+        """
+        self.path = path
+        files, index = [path], path.with_name(path.name + INDEX_SUFFIX)
+        if not path.is_file() and index.is_file():
+            files = [path.with_name(name) for name in sorted(set(_weight_map(index).values()))]
+        self._opened: dict[str, Any] = {}
+        for file in files:
+            opened = _open(file)
+            self._opened.update(dict.fromkeys(opened.keys(), opened))
+        if files != [path]:
+            check_names(index, self._opened, _weight_map(index), "tensor")
+
+    @property
+    def names(self) -> list[str]:
+        """Of all tensors, sorted."""
+        return sorted(self._opened)
+
+    def shape(self, name: str) -> torch.Size:
+        """Of the whole tensor."""
+        return torch.Size(self._opened[name].get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Of the tensor."""
+        part = (slice(0, 0),) * len(self.shape(name))
+        return self.read(name, part).dtype
+
+    def read(self, name: str, part: Index = ()) -> Tensor:
+        """The whole tensor, or the part of it, in memory of its own on the CPU.
+
+        Raises:
+            CheckpointError: the file is broken.
+        """
+        try:
+            tensor: Tensor = self._opened[name].get_slice(name)[part] if part else self._opened[name].get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self.path}: {name}: broken: {error}") from error
+        return tensor.clone()
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: missing.") from error
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: broken: {error}") from error
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        names: dict[str, str] = json.loads(index.read_text())["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{index}: broken: {type(error).__name__} {error}") from error
+    return names
+
+
 def same_bits(left: Tensor, right: Tensor) -> bool:
     """Whether both hold the same bits in the same dtype and shape; NaN equals the same NaN, 0 does not equal -0."""
     if left.dtype != right.dtype or left.shape != right.shape:
@@ -57,23 +126,27 @@ def same_bits(left: Tensor, right: Tensor) -> bool:
     return torch.equal(_bytes(left), _bytes(right))
 
 
-def copy_exactly(path: Path, saved: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> None:
-    """Copy `saved`, read from `path`, into the tensors of `live` in place; names, shapes and dtypes must all agree.
+def copy_exactly(saved: TensorFiles, live: Mapping[str, Tensor], sharding: Sharding) -> None:
+    """Copy this process's part of every tensor of `saved` into `live` in place, and check that it arrived.
+
+    Names, whole shapes and dtypes must all agree; nothing is changed where one does not.
 
     Raises:
         CheckpointError: a name is missing or too many, or a shape or dtype differs.
     """
-    check_names(path, saved, live, "tensor")
+    check_names(saved.path, saved.names, live, "tensor")
     for name, target in live.items():
-        source = saved[name]
-        if source.shape != target.shape or source.dtype != target.dtype:
+        shape = sharding.whole_shape(name, target)
+        if saved.shape(name) != shape or saved.dtype(name) != target.dtype:
             raise CheckpointError(
-                f"{path}: {name} is {_kind(source)}, but the model's is {_kind(target)}; "
-                "it was written by a run with another model or other dtype settings."
+                f"{saved.path}: {name} is {_kind(saved.dtype(name), saved.shape(name))}, but the model's is "
+                f"{_kind(target.dtype, shape)}; it was written by a run with another model or other dtype settings."
             )
     with torch.no_grad():
         for name, target in live.items():
-            target.copy_(saved[name])
+            part, local = saved.read(name, sharding.part(name, target)), sharding.local(name, target)
+            local.copy_(part)
+            assert same_bits(local, part), f"{name} was loaded into a copy instead of the live tensor"
 
 
 def check_names(path: Path, saved: Iterable[str], live: Iterable[str], noun: str) -> None:
@@ -96,8 +169,8 @@ def _listed(names: list[str], noun: str) -> str:
     return f"{len(names)} {noun}{'s' if len(names) > 1 else ''}: {', '.join(names[:_SHOWN])}{more}"
 
 
-def _kind(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+def _kind(dtype: torch.dtype, shape: torch.Size) -> str:
+    return f"{str(dtype).removeprefix('torch.')} {list(shape)}"
 
 
 def _bytes(tensor: Tensor) -> Tensor:

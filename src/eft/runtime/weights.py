@@ -13,7 +13,8 @@ from transformers import PretrainedConfig
 
 from eft.core.errors import CheckpointError
 from eft.runtime.draft import Draft
-from eft.runtime.tensors import copy_exactly, read_tensors, same_bits
+from eft.runtime.sharding import ONE_PROCESS, Sharding
+from eft.runtime.tensors import INDEX_SUFFIX, TensorFiles, copy_exactly
 
 MODEL_FILE = "model.safetensors"
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -35,32 +36,32 @@ def save_weights(folder: Path, model: nn.Module) -> None:
 def add_weights(draft: Draft, model: nn.Module) -> None:
     """Add what the base model alone does not give back: an adapter with its whole modules, else all weights.
 
-    `adapter_model.safetensors` + `adapter_config.json` for a PeftModel; `model.safetensors` + `config.json` otherwise,
-    named as in the module, tied weights once. `model` is the unwrapped model (no DDP).
+    `adapter_model.safetensors` + `adapter_config.json` for a PeftModel; `model.safetensors`, sharded where it is large,
+    + `config.json` otherwise: named as in the module, tied weights once. `model` is the unwrapped model (no DDP).
     """
     for name, tensors in live_weights(model).items():
-        draft.add_tensors(name, tensors)
+        draft.add_tensors(name, tensors, sharded=name != ADAPTER_FILE)
     # A plain module has no config.
     config = model.peft_config[model.active_adapter] if isinstance(model, PeftModel) else getattr(model, "config", None)
     if isinstance(config, PretrainedConfig | PeftConfig):
         draft.add_files(lambda folder: config.save_pretrained(str(folder)))
 
 
-def load_weights(folder: Path, model: nn.Module) -> None:
-    """Copy the weights of `save_weights` into the live `model`, in place, and check that they arrived.
+def load_weights(folder: Path, model: nn.Module, sharding: Sharding = ONE_PROCESS) -> None:
+    """Copy this process's part of the weights in `folder` into the live `model`, in place, one tensor at a time.
 
     Raises:
         CheckpointError: file missing, names, shapes or dtypes that do not fit.
     """
     for name, live in live_weights(model).items():
-        path = folder / name
-        if not path.exists():
-            held = [other for other in (MODEL_FILE, ADAPTER_FILE) if (folder / other).exists()]
-            raise CheckpointError(f"{path}: missing" + (f"; the folder holds {held[0]}." if held else "."))
-        saved = read_tensors(path)
-        copy_exactly(path, saved, live)
-        for tensor, value in live_weights(model)[name].items():
-            assert same_bits(value, saved[tensor]), f"{tensor} was loaded into a copy instead of the live model"
+        if not _is_there(folder / name):
+            held = [other for other in (MODEL_FILE, ADAPTER_FILE) if _is_there(folder / other)]
+            raise CheckpointError(f"{folder / name}: missing" + (f"; the folder holds {held[0]}." if held else "."))
+        copy_exactly(TensorFiles(folder / name), live, sharding)
+
+
+def _is_there(path: Path) -> bool:
+    return path.exists() or path.with_name(path.name + INDEX_SUFFIX).exists()
 
 
 def live_weights(model: nn.Module) -> dict[str, dict[str, Tensor]]:

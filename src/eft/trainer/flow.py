@@ -9,7 +9,32 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from eft.config.root import TrainConfig
 from eft.trainer.parts import FlowRules, PlanLike
+
+
+def flow_rules(config: TrainConfig) -> FlowRules:
+    """When to log, evaluate and save, with the defaults that users expect: each epoch, where nothing else is said."""
+    save_strategy = config.save_strategy or ("steps" if config.save_steps is not None else "epoch")
+    saves_per_epoch = config.saves_per_epoch
+    if saves_per_epoch is None and save_strategy == "epoch":
+        saves_per_epoch = 1
+    eval_strategy = config.eval_strategy or ("steps" if config.eval_steps is not None else "epoch")
+    evals_per_epoch = config.evals_per_epoch
+    if evals_per_epoch is None and eval_strategy == "epoch":
+        evals_per_epoch = 1
+    saving, evaluating = save_strategy != "no", eval_strategy != "no"
+    best = save_strategy == "best" or config.load_best_model_at_end
+    return FlowRules(
+        logging_steps=config.logging_steps,
+        eval_every=config.eval_steps if evaluating else None,
+        evals_per_epoch=evals_per_epoch if evaluating and config.eval_steps is None else None,
+        save_every=config.save_steps if saving else None,
+        saves_per_epoch=saves_per_epoch if saving and config.save_steps is None else None,
+        save_first_step=config.save_first_step and saving,
+        save_at_end=saving,
+        save_best=best and saving,
+    )
 
 
 def marks(every: float | None, per_epoch: int | None, epoch_ends: list[int], total_steps: int) -> frozenset[int]:

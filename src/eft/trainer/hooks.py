@@ -41,6 +41,7 @@ HOOK_OWNERS: dict[str, tuple[str, ...]] = {
         "_save_checkpoint",
         "_load_from_checkpoint",
         "_load_optimizer_and_scheduler",
+        "_load_scaler",
         "_load_best_model",
     ),
     "ActivationOffloadingMixin": ("compute_loss_context_manager",),
@@ -50,6 +51,7 @@ HOOK_OWNERS: dict[str, tuple[str, ...]] = {
         "compute_loss",
         "_get_num_items_in_batch",
         "evaluate",
+        "_evaluate",
         "evaluation_loop",
         "log",
         "_load_callback_state",
@@ -57,6 +59,7 @@ HOOK_OWNERS: dict[str, tuple[str, ...]] = {
         "training_step",
         "_prepare_inputs",
         "_clip_grad_norm",
+        "_get_grad_norm",
         "_run_epoch",
     ),
 }

@@ -10,13 +10,13 @@ from eft.trainer.hooks import TrainerHooks
 
 
 class DistributedParallelMixin(TrainerHooks):
-    """One process and DDP today; sharded engines come in through the same two hooks."""
+    """The engine is accelerate's: what it is told comes from the parallel plan."""
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         """Upstream's arguments, overridden by the parallel plan's."""
         # Called from `Trainer.__init__`, after `EftTrainer.__init__` has set `parts`.
         arguments: dict[str, Any] = super()._build_accelerator_args(**kwargs)
-        return {**arguments, **self.parts.parallel}
+        return {**arguments, **self.parts.parallel.arguments}
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """`save_model`: gather the weights where no single rank holds them all; no pickled arguments beside them."""

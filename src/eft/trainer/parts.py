@@ -13,6 +13,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
+from eft.runtime.watchdog import Watchdog
+
 
 class PlanLike(Protocol):
     """What the trainer asks of a plan (`data.plan.Plan`)."""
@@ -21,8 +23,12 @@ class PlanLike(Protocol):
     plan_steps: int
     fingerprint: str
     epoch_ends: list[int]
+    dataset: Any
+    """The samples, by the numbers that the plan uses (`core.records.TokenDataset`)."""
 
     def epoch_at(self, step: int) -> float: ...
+
+    def step(self, step: int) -> Any: ...
 
     def summary(self) -> dict[str, Any]: ...
 
@@ -35,6 +41,10 @@ class Batches(Protocol):
     def train_loader(self, plan: Any, cursor: Callable[[], int]) -> DataLoader[Any]: ...
 
     def eval_loader(self, dataset: Any) -> DataLoader[Any]: ...
+
+    def state_at(self, plan: Any, step: int) -> dict[str, Any]: ...
+
+    def restore(self, plan: Any, step: int, state: dict[str, Any]) -> None: ...
 
 
 class Forward(Protocol):
@@ -67,6 +77,8 @@ class FoundCheckpoint(Protocol):
 class Checkpoints(Protocol):
     """Atomic checkpoint folders with their weights and optimizer state."""
 
+    allow_change: bool
+
     def save(
         self,
         step: int,
@@ -75,6 +87,7 @@ class Checkpoints(Protocol):
         *,
         keep: bool,
         fill: Callable[[Any], None],
+        check: Callable[[Path], None] | None = None,
     ) -> None: ...
 
     @property
@@ -84,6 +97,8 @@ class Checkpoints(Protocol):
 
     def raise_failure(self) -> None: ...
 
+    def beside(self, job: Callable[[], None]) -> None: ...
+
     def add_weights(self, draft: Any, model: nn.Module) -> None: ...
 
     def load_weights(self, folder: Path, model: nn.Module) -> None: ...
@@ -92,9 +107,13 @@ class Checkpoints(Protocol):
 
     def load_optimizer(self, folder: Path, model: nn.Module, optimizer: Optimizer) -> None: ...
 
+    def place_scheduler(self, scheduler: Any, step: int) -> None: ...
+
     def path(self, step: int) -> Path: ...
 
-    def newest_complete(self) -> FoundCheckpoint: ...
+    def newest_complete(self, *, before: int | None = None) -> FoundCheckpoint: ...
+
+    def set_aside(self, first: int) -> None: ...
 
 
 class Meter(Protocol):
@@ -102,13 +121,29 @@ class Meter(Protocol):
 
     def count(self, tokens: int, trained: int) -> None: ...
 
+    @property
+    def seconds(self) -> float: ...
+
+    def group_totals(self, names: tuple[str, ...], weights: Sequence[float], device: Any) -> Tensor: ...
+
+    def group_losses(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]: ...
+
     def rates(self) -> dict[str, float]: ...
 
     def paused(self) -> AbstractContextManager[None]: ...
 
-    def state(self) -> dict[str, float]: ...
+    def state(self) -> dict[str, Any]: ...
 
-    def restore(self, state: dict[str, float]) -> None: ...
+    def restore(self, state: dict[str, Any]) -> None: ...
+
+
+class SaveProbe(Protocol):
+    """Before a save: (live model, tokenizer, token ids of a document) to what its manifest is to say, and what looks at
+    the written folder and raises where it is not what was trained (`models.verify_export.probe_save`)."""
+
+    def __call__(
+        self, model: nn.Module, tokenizer: Any, ids: list[int]
+    ) -> tuple[dict[str, Any], Callable[[Path], None]]: ...
 
 
 @runtime_checkable
@@ -133,6 +168,20 @@ class FlowRules:
     """Also after every evaluation that is better than all before it."""
 
 
+@dataclass(frozen=True)
+class ParallelParts:
+    """What several processes add to a training."""
+
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """Of the Accelerator."""
+    gradient_ranks: int = 1
+    """Processes over which the engine averages gradients."""
+    is_sharded: bool = False
+    """Parameters are in parts: what the simple engines do step by step is left to upstream."""
+    part_of_row: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    """This process's tokens of a batch, where several share its rows."""
+
+
 @dataclass
 class TrainerParts:
     """Everything the trainer is made of. Built by `builder.HFCausalTrainerBuilder`."""
@@ -155,12 +204,15 @@ class TrainerParts:
     offloading: Offloading
     meter: Meter
     flow: FlowRules
+    watchdog: Watchdog
+    """Judges every step."""
     seed: int
     fingerprint: str
     """Of the part of the config that a resumed run must agree with."""
+    probe_save: SaveProbe | None = None
+    """Where every save is loaded by a fresh process before it counts."""
     has_gradient_norm: bool = True
     """Not where gradients are used up one by one in the backward pass: there is no norm of all to log then."""
-    parallel: dict[str, Any] = field(default_factory=dict)
-    """Arguments that the parallel plan adds to the Accelerator."""
+    parallel: ParallelParts = field(default_factory=ParallelParts)
     state_dict: Callable[[nn.Module], dict[str, Tensor]] | None = None
     """Gathers the full weights where they are sharded; None where `save_pretrained` sees them all."""

@@ -36,8 +36,15 @@ class Progress:
         return cls(state["loss_sum"], state["steps"])
 
 
-def load_progress(checkpoint: str, name: str, plan: PlanLike | None) -> dict[str, Any]:
-    """Read a checkpoint's progress; raises CheckpointError when it followed another plan."""
+def load_progress(checkpoint: str, name: str, plan: PlanLike | None, *, allow_change: bool = False) -> dict[str, Any]:
+    """Read a checkpoint's progress.
+
+    Args:
+        allow_change: the number of steps may differ. The plan may not: its samples would be repeated and omitted.
+
+    Raises:
+        CheckpointError: it followed another plan, or one of another length.
+    """
     saved: dict[str, Any] = json.loads(Path(checkpoint, name).read_text())
     if plan is None:
         return saved
@@ -47,10 +54,10 @@ def load_progress(checkpoint: str, name: str, plan: PlanLike | None) -> dict[str
             "eft's planner differ), so continuing here would repeat and omit samples. Resume with the original "
             "settings, or start anew from its weights."
         )
-    if saved["total_steps"] != plan.total_steps:
+    if saved["total_steps"] != plan.total_steps and not allow_change:
         raise CheckpointError(
             f"{checkpoint}: was written by a run of {saved['total_steps']:,} steps, this one has {plan.total_steps:,}, "
-            "so its learning rates up to there would be others. Resume with the original number of steps, or start a "
-            "new run from its weights (`base_model`)."
+            "so its learning rates up to there would be others. Resume with the original number of steps, pass "
+            "--allow-change to go on all the same, or start a new run from its weights (`base_model`)."
         )
     return saved

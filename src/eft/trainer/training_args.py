@@ -57,7 +57,8 @@ def build_training_arguments(
         logging_steps=config.logging_steps,
         eval_strategy="steps" if evaluate else "no",
         eval_steps=MAX_INTERVAL if evaluate else None,
-        save_strategy="no" if config.save_strategy == "no" else "steps",
+        # Upstream would refuse to save a model that was split while it was loaded; it is ours that saves.
+        save_strategy="no" if config.save_strategy == "no" or config.tensor_parallel_size > 1 else "steps",
         save_steps=MAX_INTERVAL,
         save_total_limit=None,
         save_only_model=config.save_only_model,

@@ -11,6 +11,7 @@ from eft.core.errors import PromiseBroken
 from eft.core.records import Int64Array, PromiseResult, TokenDataset
 from eft.data.balance import bin_costs, share_step
 from eft.data.dataset_meta import DatasetMeta
+from eft.data.gates import GateResult
 from eft.data.plan import Plan, StepPlan
 from eft.data.sample_set import DIGEST_DTYPE, SampleSet, digests_of, measure
 from eft.verify.verification import Verification
@@ -28,6 +29,7 @@ def check_data(verification: Verification) -> list[PromiseResult]:
         check_ledger(verification.meta),
         check_plan(verification.plan, verification.config.micro_batch_size),
         check_store(verification.meta, _vocabulary(verification)),
+        *check_gates(verification.meta),
     ]
 
 
@@ -59,6 +61,36 @@ def check_ledger(meta: DatasetMeta) -> PromiseResult:
     balance = f"{rows:,} rows, {raw:,} raw tokens; {trainable:,} trainable + {tokens - trainable:,} context"
     numbers = {"rows": float(rows), "raw_tokens": float(raw), "trainable_tokens": float(trainable)}
     return PromiseResult("E5", title, "fail" if faults else "pass", "; ".join([*faults, balance]), numbers)
+
+
+def check_gates(meta: DatasetMeta) -> list[PromiseResult]:
+    """The prepared data keep every gate's limit, and all conversations are what `apply_chat_template` gives."""
+    limits, template = "prepared data keep every gate's limit", "ids and prompts are those of apply_chat_template"
+    if meta.gates is None:
+        why = "data_gates: off, or data that were not prepared here"
+        return [PromiseResult("data gates", limits, "not applicable", why)]
+    judged = [result for result in meta.gates.results if result.status != "not applicable"]
+    others = [result for result in judged if result.gate != "template"]
+    compared = [result for result in judged if result.gate == "template"]
+    held = f"{len(others)} checks of {len({result.source for result in others})} data sets"
+    found = [_gates_promise(limits, others, held)]
+    if compared:
+        held = f"{meta.gates.compared:,} conversations compared, with the prompt of every trained turn"
+        found.append(_gates_promise(template, compared, held))
+    return found
+
+
+def _gates_promise(title: str, results: list[GateResult], held: str) -> PromiseResult:
+    over = [result for result in results if result.status == "over"]
+    judged, faulty = sum(result.judged for result in results), sum(result.faulty for result in results)
+    detail = "; ".join(map(_gate_text, over[:3])) or held
+    numbers = {"judged": float(judged), "faulty": float(faulty)}
+    return PromiseResult("data gates", title, "fail" if over else "pass", detail, numbers)
+
+
+def _gate_text(result: GateResult) -> str:
+    worst = "".join(f", {row.origin}{': ' + row.note if row.note else ''}" for row in result.worst[:1])
+    return f"{result.gate}: {result.source}: {result.line()}{worst}"
 
 
 def check_plan(plan: Plan, micro_batch_size: int) -> PromiseResult:

@@ -21,6 +21,7 @@ from eft.core.constants import IGNORE_INDEX
 from eft.core.records import TokenSample
 from eft.models.attention import base_of
 from eft.models.compile import without_compilation
+from eft.models.quantised import plain_layers
 
 GRADIENT_FLOOR = 1e-3
 """A tensor's gradient is measured against its own norm, or this share of the whole gradient's norm if that is more."""
@@ -89,8 +90,14 @@ def comparable_weights(model: nn.Module) -> Iterator[None]:
 def widened(model: nn.Module) -> Iterator[None]:
     """Inside it all weights, buffers and gradients are fp64. Widening and narrowing again changes no bit.
 
-    Leaves no gradients.
+    Quantised layers are plain ones inside, with the weights that they stand for. Leaves no gradients.
     """
+    with plain_layers(model), _in_fp64(model):
+        yield
+
+
+@contextmanager
+def _in_fp64(model: nn.Module) -> Iterator[None]:
     narrow = [(tensor, tensor.dtype) for tensor in _floats(model) if tensor.dtype != torch.float64]
     # What sums up in another dtype than its own is to do so in the wide one.
     sums = [(p, p.grad_dtype) for p in model.parameters() if p.requires_grad and p.grad_dtype not in (None, p.dtype)]
@@ -212,12 +219,20 @@ class PlainObjective:
 
     label_smoothing: float = 0.0
     z_loss: float = 0.0
+    entropy_power: float | None = None
+    entropy_tokens: int = 20
 
     def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Losses [K] from logits [K, vocab], in fp32 at least, as transformers computes them."""
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=self.label_smoothing)
-        return losses + self.z_loss * logits.logsumexp(-1).square()
+        losses = losses + self.z_loss * logits.logsumexp(-1).square()
+        if self.entropy_power is None:
+            return losses
+        top = logits.detach().topk(min(self.entropy_tokens, logits.shape[-1])).values
+        entropy = -(top.softmax(-1) * top.log_softmax(-1)).sum(-1)
+        factor: Tensor = (entropy / math.log(top.shape[-1])) ** self.entropy_power
+        return losses * factor
 
 
 PLAIN_NLL = PlainObjective()

@@ -73,15 +73,25 @@ def check_loss(verification: Verification, trainer: EftTrainer) -> PromiseResult
 
 
 def trainer_loss(trainer: EftTrainer, dataset: TokenDataset, accumulation: int) -> float:
-    """The loss of one optimizer step over all of `dataset`, through the trainer; adds its gradient."""
-    batches = _micro_batches(trainer.parts.packing, dataset, accumulation)
+    """The loss of one optimizer step over all of `dataset`, through the trainer; adds its gradient.
+
+    With two micro-batches of no weight: one that is all masked, and a rank's dummy.
+    """
+    packing: Any = trainer.parts.packing
+    batches = first_step(packing, dataset, accumulation)
+    step = {name: batches[0][name] for name in ("step", "step_weight", "step_tokens")}
+    collator = short_rows(packing.collator)
+    masked = {**collator([[_masked(dataset.sample(0))]]), **step}
+    batches = [*batches[:1], masked, *batches[1:], {**collator([]), **step}]
     weight = trainer._get_num_items_in_batch(batches, trainer.args.device)
     losses = [trainer.training_step(trainer.model, batch, weight) for batch in batches]
     return sum(float(loss) for loss in losses)
 
 
-def _micro_batches(packing: Any, dataset: TokenDataset, accumulation: int) -> list[Batch]:
-    """The first step of a plan over `dataset`, as the run's own loader cuts it, and two micro-batches of no weight."""
+def first_step(
+    packing: Any, dataset: TokenDataset, accumulation: int, *, rank: int = 0, world_size: int = 1
+) -> list[Batch]:
+    """A rank's micro-batches of one step over all of `dataset`, as the run's own loader cuts it."""
     assert isinstance(packing, BatchSource)
     source = replace(
         packing,
@@ -91,16 +101,13 @@ def _micro_batches(packing: Any, dataset: TokenDataset, accumulation: int) -> li
         max_steps=1,
         global_batch_size=len(dataset),
         accumulation=accumulation,
-        micro_batch_size=-(-len(dataset) // accumulation),
-        rank=0,
-        world_size=1,
+        micro_batch_size=-(-len(dataset) // (accumulation * world_size)),
+        rank=rank,
+        world_size=world_size,
         num_workers=0,
     )
     plan = source.make_plan(dataset, None)
-    batches = list(islice(source.train_loader(plan, cursor=lambda: 0), accumulation))
-    step = {name: batches[0][name] for name in ("step", "step_weight", "step_tokens")}
-    masked = {**source.collator([[_masked(dataset.sample(0))]]), **step}
-    return [*batches[:1], masked, *batches[1:], {**source.collator([]), **step}]
+    return list(islice(source.train_loader(plan, cursor=lambda: 0), accumulation))
 
 
 def _masked(document: TokenSample) -> TokenSample:

@@ -95,6 +95,8 @@ def _our_step(trainer: EftTrainer, documents: list[TokenSample]) -> _Step:
         loss = trainer_loss(trainer, as_dataset(documents), 1)
     finally:
         trainer.accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+        # accelerate takes back its wrapper but not this mark, with which the next trainer would go without autocast.
+        prepared._is_accelerate_prepared = False
     return _Step(loss, take_gradients(trainer.model))
 
 

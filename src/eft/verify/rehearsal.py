@@ -1,4 +1,4 @@
-"""The user's run in small: three optimizer steps of the real trainer on cut documents, in a temporary folder."""
+"""The user's run in small: four optimizer steps of the real trainer on cut documents, in a temporary folder."""
 
 from __future__ import annotations
 
@@ -8,43 +8,51 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from eft.callbacks import AUDIT_STEP, StopOnSignal
+from eft.callbacks.start_checks import AUDIT_STEP
+from eft.callbacks.stopping import StopOnRequest
 from eft.config.root import TrainConfig
 from eft.core.errors import ConfigError, PromiseBroken
 from eft.core.records import PromiseResult, TokenDataset
 from eft.optim.schedulers import learning_rates
 from eft.trainer.trainer import EftTrainer
 from eft.verify.excerpt import as_dataset, cut, documents_for
+from eft.verify.resume import Trace, compare_traces, record_fed
+from eft.verify.state import spoil
 from eft.verify.verification import Verification
 
 logger = logging.getLogger(__name__)
 
-STEPS = AUDIT_STEP
-"""Every trained tensor must have moved by then."""
+STEPS = AUDIT_STEP + 1
+"""Every trained tensor must have moved by then, and half of the steps is a number."""
+STOP = STEPS // 2
+"""After this step the state is saved, from which a second trainer continues."""
 TOKENS = 1536
 """Tokens of all steps together; bins are cut to a share of it, but not below `SHORTEST_BIN`."""
 SHORTEST_BIN = 16
 LONGEST_BIN = 128
 
 
-class StopAfter(TrainerCallback):
-    """Ends a training whose horizon is longer than the rehearsal."""
+class SaveAndStop(TrainerCallback):
+    """Saves half-way, and ends a training whose horizon is longer than the rehearsal."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        """Stop at the last rehearsed step."""
+        """Save at STOP, stop at the last rehearsed step."""
+        control.should_save |= state.global_step == STOP
         control.should_training_stop |= state.global_step >= STEPS
         return control
 
 
 @dataclass
 class Rehearsal:
-    """What came of the three steps."""
+    """What came of the four steps."""
 
     trainer: EftTrainer
     config: TrainConfig
-    """The user's, cut to three steps."""
+    """The user's, cut to four steps."""
     horizon: int
     """Steps that the learning rates were laid out for; STEPS, or the whole run's where the schedule needs more."""
+    trace: Trace | None = None
+    """For a run that is continued from STOP to equal; None where the training broke off."""
     error: str | None = None
     """Why the training broke off, in one line."""
 
@@ -61,7 +69,7 @@ class Rehearsal:
 
 
 def rehearse(verification: Verification) -> Rehearsal:
-    """Train STEPS steps; changes the model's weights. No checkpoint is written: `verify.saves` does that.
+    """Train STEPS steps; changes the model's weights. One checkpoint is written, after STOP steps.
 
     Raises:
         ConfigError, ModelError: the trainer cannot be built from this config.
@@ -72,8 +80,46 @@ def rehearse(verification: Verification) -> Rehearsal:
     bins = STEPS * plan.global_batch_size
     documents = documents_for(plan, bins=bins, capacity=capacity, packed=config.sample_packing)
     horizon = STEPS if _fits(config, STEPS) else plan.total_steps
-    short = verification.config_with({"sequence_len": capacity, "max_steps": horizon})
-    trainer = verification.build_trainer(short, as_dataset(documents), _short_evals(verification, capacity))
+    # Whatever the run's own checkpoints leave out, this one is to be continued.
+    saving = {"save_only_model": False, "save_asynchronously": True, "verify_saves": "never"}
+    short = verification.config_with({"sequence_len": capacity, "max_steps": horizon, **saving})
+    trainer = _trainer(verification, short, as_dataset(documents))
+    rehearsal, fed = Rehearsal(trainer, short, horizon), record_fed(trainer)
+    try:
+        trainer.train()
+        rehearsal.trace = Trace.of(trainer, fed)
+    except PromiseBroken as error:
+        rehearsal.error = str(error)
+    # Whatever keeps the run from training is a finding about the run, and must not hide the other checks'.
+    except Exception as error:
+        logger.debug("the rehearsal broke off", exc_info=True)
+        rehearsal.error = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+    return rehearsal
+
+
+def check_resume(verification: Verification, rehearsal: Rehearsal) -> PromiseResult:
+    """E3: continue from the rehearsal's checkpoint with a model that is loaded anew; compare with the rehearsal, which
+    went on. The verification's model is the new one afterwards.
+    """
+    assert rehearsal.trace is not None, "the rehearsal came to its end"
+    before = rehearsal.trainer
+    before.plain_optimizer().state.clear()
+    if verification.load_model is not None:
+        # One model in memory at a time.
+        before.model.to("meta")
+        verification.model = verification.load_model()
+    trainer = _trainer(verification, rehearsal.config, before.train_dataset)
+    if verification.load_model is None:
+        spoil(before)
+    fed = record_fed(trainer)
+    trainer.train(resume_from_checkpoint=str(trainer.parts.checkpoint.path(STOP)))
+    to_the_bit = trainer.accelerator.device.type == "cpu" or rehearsal.config.deterministic
+    return compare_traces(rehearsal.trace, Trace.of(trainer, fed), stopped_after=STOP, to_the_bit=to_the_bit)
+
+
+def _trainer(verification: Verification, config: TrainConfig, dataset: TokenDataset) -> EftTrainer:
+    """Of the rehearsal: saves at STOP and at no other step."""
+    trainer = verification.build_trainer(config, dataset, _short_evals(verification, config.sequence_len))
     trainer.parts.flow = replace(
         trainer.parts.flow,
         save_every=None,
@@ -83,18 +129,9 @@ def rehearse(verification: Verification) -> Rehearsal:
         save_best=False,
     )
     # Ctrl-C ends the verification, not only the rehearsal.
-    trainer.remove_callback(StopOnSignal)
-    trainer.add_callback(StopAfter())
-    rehearsal = Rehearsal(trainer, short, horizon)
-    try:
-        trainer.train()
-    except PromiseBroken as error:
-        rehearsal.error = str(error)
-    # Whatever keeps the run from training is a finding about the run, and must not hide the other checks'.
-    except Exception as error:
-        logger.debug("the rehearsal broke off", exc_info=True)
-        rehearsal.error = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-    return rehearsal
+    trainer.remove_callback(StopOnRequest)
+    trainer.add_callback(SaveAndStop())
+    return trainer
 
 
 def _fits(config: TrainConfig, steps: int) -> bool:

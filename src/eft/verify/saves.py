@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from eft.core.errors import EftError
-from eft.core.hashing import hash_bytes, hash_json
 from eft.core.records import PromiseResult
 from eft.models.export import check_saved_tensors, export_model, verify_export
-from eft.run import ExportSettings
+from eft.run_state import ExportSettings
 from eft.runtime.checkpoint import CheckpointStore, verify_manifest
-from eft.runtime.rng import capture_rng, seed_everything
-from eft.runtime.weights import live_weights
 from eft.trainer.trainer import EftTrainer
 from eft.verify.excerpt import first_documents
+from eft.verify.state import fingerprints, spoil
 from eft.verify.verification import Verification
 
 PROBE_TOKENS = 64
@@ -62,21 +57,21 @@ def check_checkpoint(verification: Verification, trainer: EftTrainer) -> Promise
     Afterwards the model is what the checkpoint gave back, so this check comes last.
     """
     title = "a checkpoint brings weights, optimizer, schedule and generators back"
-    trainer.parts.checkpoint = CheckpointStore(verification.folder / "checkpoints", save_total_limit=None)
-    before = _state(trainer)
+    trainer.parts.checkpoint = CheckpointStore(verification.folder / "there-and-back", save_total_limit=None)
+    before = fingerprints(trainer)
     try:
         trainer._save_checkpoint(trainer.model)
         path = trainer.parts.checkpoint.path(trainer.state.global_step)
         manifest = verify_manifest(path)
-        _spoil(trainer)
-        trainer._load_from_checkpoint(str(path))
+        spoil(trainer)
+        trainer.parts.checkpoint.load_weights(path, trainer.model)
         if manifest["resumable"]:
             trainer._load_optimizer_and_scheduler(str(path))
             trainer._load_rng_state(str(path))
     except EftError as error:
         return PromiseResult("E6", title, "fail", str(error))
     compared = before if manifest["resumable"] else {n: v for n, v in before.items() if n.startswith("weights ")}
-    after = _state(trainer)
+    after = fingerprints(trainer)
     changed = sorted(name for name in compared if after.get(name) != compared[name])
     size = sum(entry["bytes"] for entry in manifest["files"].values()) / 2**20
     numbers = {"entries": float(len(compared)), "changed": float(len(changed)), "mebibytes": size}
@@ -86,46 +81,3 @@ def check_checkpoint(verification: Verification, trainer: EftTrainer) -> Promise
     only = "" if manifest["resumable"] else " (weights only, by `save_only_model`)"
     detail = f"{len(compared)} tensors and states bit-equal after loading{only}, {size:,.1f} MiB"
     return PromiseResult("E6", title, "pass", detail, numbers)
-
-
-def _stored_tensors(trainer: EftTrainer) -> Iterator[tuple[str, Tensor]]:
-    """Names and live memory of what a checkpoint stores of the weights."""
-    for file, tensors in live_weights(trainer.model).items():
-        for name, tensor in tensors.items():
-            yield f"weights {file} {name}", tensor
-
-
-def _state(trainer: EftTrainer) -> dict[str, str]:
-    """Fingerprint of every tensor and state by name."""
-    state = {name: _fingerprint(tensor) for name, tensor in _stored_tensors(trainer)}
-    names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
-    optimizer = trainer.plain_optimizer()
-    for parameter, values in optimizer.state.items():
-        for key, value in values.items():
-            state[f"optimizer {names[id(parameter)]} {key}"] = _fingerprint(value)
-    state["learning rates"] = repr([group["lr"] for group in optimizer.param_groups])
-    state["schedule"] = repr(trainer.lr_scheduler.last_epoch)
-    generators = capture_rng()
-    state["generators"] = hash_json(generators.plain)
-    state.update({f"generator {name}": _fingerprint(tensor) for name, tensor in generators.tensors.items()})
-    return state
-
-
-def _fingerprint(value: Any) -> str:
-    if not isinstance(value, Tensor):
-        return repr(value)
-    raw = value.detach().contiguous().reshape(-1).cpu().view(torch.uint8)
-    return f"{value.dtype} {list(value.shape)} {hash_bytes(raw.numpy().tobytes())}"
-
-
-def _spoil(trainer: EftTrainer) -> None:
-    """Lose everything that the checkpoint must bring back."""
-    with torch.no_grad():
-        for _, tensor in _stored_tensors(trainer):
-            tensor.zero_()
-    optimizer = trainer.plain_optimizer()
-    optimizer.state.clear()
-    for group in optimizer.param_groups:
-        group["lr"] = -1.0
-    trainer.lr_scheduler.last_epoch = -1
-    seed_everything(0)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eft.builder import HFCausalTrainerBuilder
 from eft.config.root import TrainConfig
+from eft.core.errors import ConfigError
 from eft.core.records import TokenDataset
 from eft.data.dataset_meta import DatasetMeta
 from eft.data.plan import Plan
-from eft.run import load_datasets, load_trainable_model, plan_of, prepare_tokenizer
+from eft.inputs import load_datasets, load_trainable_model, plan_of, prepare_tokenizer
 from eft.runtime.env import Environment, resolve_precision
 from eft.trainer.trainer import EftTrainer
 from eft.verify.exact import PlainObjective
@@ -32,6 +34,8 @@ LEFT_OUT: Mapping[str, Any] = {
     # The learning rate of every step is compared.
     "logging_steps": 1,
     "resume_from_checkpoint": None,
+    # Noise would hide what is compared; it has tests of its own.
+    "neftune_noise_alpha": None,
 }
 """What the trainers of a verification do otherwise than the run's; all else is the config's."""
 
@@ -67,6 +71,10 @@ class Verification:
     plan: Plan
     """Of the whole run."""
     world_size: int = 1
+    load_model: Callable[[], PreTrainedModel] | None = None
+    """Makes the model once more, as it was before anything was trained; None where it was handed in."""
+    trainer_class: type[EftTrainer] = EftTrainer
+    """What the checks train with."""
 
     def config_with(self, changes: Mapping[str, Any]) -> TrainConfig:
         """The config with some keys changed, writing into the temporary folder."""
@@ -81,6 +89,7 @@ class Verification:
             ConfigError, ModelError: the config asks for what the model or the machine cannot do.
         """
         builder = HFCausalTrainerBuilder(config, self.model, self.tokenizer)
+        builder.trainer_class = self.trainer_class
         builder.train_dataset = self.meta.train_dataset if train_dataset is None else train_dataset
         builder.eval_dataset = eval_dataset
         # Promise E8 is judged by `verify.keys`, over the user's own config.
@@ -97,7 +106,9 @@ class Verification:
 
     def objective(self) -> PlainObjective:
         """What the run minimises, in torch's own words."""
-        return PlainObjective(self.config.label_smoothing_factor, self.config.z_loss_weight)
+        config = self.config
+        power = config.eaft_alpha if config.use_eaft else None
+        return PlainObjective(config.label_smoothing_factor, config.z_loss_weight, power, config.eaft_k)
 
     def precision_note(self) -> str:
         """` (the run: bfloat16)` where the run computes in another dtype than the checks, else nothing."""
@@ -111,9 +122,17 @@ def assemble(config: TrainConfig, folder: Path) -> Verification:
     Raises:
         EftError: the config, the data or the model is wrong.
     """
+    if config.processor_type is not None:
+        raise ConfigError("processor_type: `eft verify` knows rows of text only; a run over images proves E5 to E8")
+    if config.streaming:
+        raise ConfigError(
+            "streaming: `eft verify` takes data that are known as a whole. Give it an excerpt: `streaming=false`, and "
+            "a file of some hundred rows under `datasets`"
+        )
     tokenizer = prepare_tokenizer(config)
-    meta = load_datasets(config, tokenizer)
+    meta = load_datasets(config, tokenizer, stop_at_gates=False, compare_all=True)
     world_size = Environment.detect().world_size
     plan = plan_of(config, meta.train_dataset, world_size)
     model = load_trainable_model(config, tokenizer)
-    return Verification(config, folder, tokenizer, meta, model, plan, world_size)
+    again = partial(load_trainable_model, config, tokenizer)
+    return Verification(config, folder, tokenizer, meta, model, plan, world_size, again)

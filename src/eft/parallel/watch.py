@@ -1,0 +1,157 @@
+"""Notices when a process of the run stops answering, and names it, the line it was at and what the others wait in.
+
+Every process says once a second that it lives and where its main thread is, and listens to its right neighbour. That
+is a sign of life, not of progress: a long step goes on answering. A process that is stopped (SIGSTOP, a frozen host, a
+page that never comes) does not, and all others would wait in their next collective until it times out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+from torch.distributed import DistError, Store, TCPStore  # type: ignore[attr-defined]  # torch's own stubs lack them
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+from eft.core.constants import EXIT_FAILED
+
+BEAT_S = 1.0
+_DONE = "done"
+_COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "barrier", "all_to_all", "gather", "scatter")
+
+
+class StalledRank(RuntimeError):  # noqa: N818  # named after what happened
+    """A process of the run no longer answers."""
+
+
+class StallWatch:
+    """A thread that sends this process's signs of life and waits for those of its neighbour."""
+
+    def __init__(
+        self,
+        store: Store,
+        rank: int,
+        world_size: int,
+        timeout_s: float,
+        on_silence: Callable[[str], None],
+        *,
+        main_thread: int | None = None,
+    ) -> None:
+        """
+        Args:
+            store: shared by all processes; a connection of its own, since one that waits blocks.
+            timeout_s: silence after which `on_silence` is called, once, with a message for the user.
+            main_thread: whose place in the code is told; default: the calling one.
+        """
+        self._store = store
+        self._rank = rank
+        self._world_size = world_size
+        self._neighbour = (rank + 1) % world_size
+        self._timeout_s = timeout_s
+        self._on_silence = on_silence
+        self._main_thread = main_thread or threading.get_ident()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="eft-stall-watch", daemon=True)
+
+    def start(self) -> None:
+        """Begin. The neighbour has `timeout_s` for its first sign, too."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Say goodbye: from here on silence is no fault."""
+        self._over.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        heard, heard_at, last = "", time.monotonic(), ""
+        beat = 0
+        try:
+            while not self._over.wait(BEAT_S):
+                beat += 1
+                self._store.set(_key(self._rank), json.dumps([beat, place_of(self._main_thread)]))
+                sign = self._neighbours_sign()
+                if sign != heard:
+                    heard, heard_at = sign, time.monotonic()
+                    last = "" if sign in ("", _DONE) else json.loads(sign)[1]
+                elif heard != _DONE and time.monotonic() - heard_at > self._timeout_s:
+                    return self._on_silence(self._message(last))
+            self._store.set(_key(self._rank), _DONE)
+        except DistError as error:
+            if not self._over.is_set():
+                self._on_silence(f"the process that keeps the run's store does not answer ({error})")
+
+    def _neighbours_sign(self) -> str:
+        key = _key(self._neighbour)
+        return self._store.get(key).decode() if self._store.check([key]) else ""
+
+    def _message(self, last: str) -> str:
+        where = f"it was last at {last}" if last else "it has never answered"
+        return (
+            f"rank {self._neighbour} of {self._world_size} has not answered for {self._timeout_s:g} s: {where}. "
+            f"Rank {self._rank} is at {place_of(self._main_thread)}. The run ends; the same command continues it from "
+            "its newest checkpoint."
+        )
+
+
+def place_of(thread: int) -> str:
+    """`file:line in function: code` of the innermost line of ours, and the collective that it waits in, if any."""
+    frame = sys._current_frames().get(thread)
+    if frame is None:
+        return "its end"
+    stack = traceback.extract_stack(frame)
+    ours = next((entry for entry in reversed(stack) if "/eft/" in entry.filename), stack[-1])
+    text = f"{Path(ours.filename).name}:{ours.lineno} in {ours.name}: {ours.line}"
+    waits = next((entry for entry in reversed(stack) if _is_collective(entry)), None)
+    if waits is not None:
+        return f"{text} (waits in {waits.name}, {Path(waits.filename).name}:{waits.lineno})"
+    if any(entry.name in ("backward", "_engine_run_backward") for entry in stack):
+        return f"{text} (in the backward pass, which averages gradients over all ranks)"
+    return text
+
+
+def _is_collective(entry: traceback.FrameSummary) -> bool:
+    return "torch/distributed" in entry.filename and any(name in entry.name for name in _COLLECTIVES)
+
+
+def _key(rank: int) -> str:
+    return f"eft/alive/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{rank}"
+
+
+def end_process(message: str) -> None:
+    """Print why and leave at once: the main thread waits in a collective that no exception reaches."""
+    error = StalledRank(message)
+    # The launcher shows the first recorded error.
+    get_error_handler().record_exception(error)
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    os._exit(EXIT_FAILED)
+
+
+@contextmanager
+def stall_watch(
+    rank: int, world_size: int, timeout_s: float, environ: Mapping[str, str] | None = None
+) -> Iterator[None]:
+    """While active, a process of the run that no longer answers ends this one with a message; 0 s: nothing."""
+    variables = os.environ if environ is None else environ
+    if world_size == 1 or timeout_s == 0 or not {"MASTER_ADDR", "MASTER_PORT"} <= variables.keys():
+        yield
+        return
+    store = TCPStore(
+        variables["MASTER_ADDR"],
+        int(variables["MASTER_PORT"]),
+        is_master=False,
+        timeout=timedelta(seconds=max(timeout_s, 10.0)),
+    )
+    watch = StallWatch(store, rank, world_size, timeout_s, end_process)
+    watch.start()
+    try:
+        yield
+    finally:
+        watch.stop()

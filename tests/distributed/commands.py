@@ -1,0 +1,135 @@
+"""`eft train --nproc` as a user starts it, and what can happen to its processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.tiny import tiny_tokenizer
+from tests.tiny_models import tiny_model
+
+
+def write_run(folder: Path, **keys: Any) -> Path:
+    """A tiny model, rows and run.yaml in `folder`: LoRA with dropout, packed, 12 steps, a checkpoint every two."""
+    tokenizer = tiny_tokenizer()
+    tiny_model("llama", vocab_size=len(tokenizer)).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    words, draw = "alpha beta gamma delta one two three red green blue".split(), random.Random(0)
+    with (folder / "rows.jsonl").open("w") as file:
+        for number in range(64):
+            question = f"{number} " + " ".join(draw.choices(words, k=draw.randint(1, 16)))
+            answer = " ".join(draw.choices(words, k=draw.randint(1, 12)))
+            turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            file.write(json.dumps({"messages": turns}) + "\n")
+    values = {
+        "base_model": str(folder / "model"),
+        "datasets": [{"path": str(folder / "rows.jsonl"), "type": "chat_template"}],
+        "dataset_prepared_path": str(folder / "cache"),
+        "val_set_size": 0.1,
+        "sequence_len": 192,
+        "sample_packing": True,
+        "micro_batch_size": 1,
+        "global_batch_size": 2,
+        "max_steps": 12,
+        "learning_rate": 1e-2,
+        "adapter": "lora",
+        "lora_target_linear": True,
+        "lora_dropout": 0.1,
+        "bf16": False,
+        "save_steps": 2,
+        "eval_steps": 3,
+        "verify_saves": "never",
+        "output_dir": str(folder / "out"),
+        **keys,
+    }
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+@dataclass
+class Job:
+    """A running command."""
+
+    process: subprocess.Popen[str]
+    started: float
+
+    def rank(self, number: int, *, among: set[int] | None = None) -> int:
+        """Process id of a rank of this job, once it is there."""
+        while time.monotonic() < self.started + 120:
+            for child in descendants(self.process.pid):
+                if environment_of(child).get("RANK") == str(number) and child not in (among or set()):
+                    return child
+            time.sleep(0.2)
+        raise AssertionError(f"rank {number} never came up")
+
+    def end(self, timeout: float = 240) -> tuple[int, str]:
+        """Exit code and all output."""
+        out, _ = self.process.communicate(timeout=timeout)
+        return self.process.returncode, out
+
+
+def start(*arguments: object) -> Job:
+    """`eft ARGUMENTS`, output to a pipe."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        environment.pop(name, None)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "eft.cli", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+    )
+    return Job(process, time.monotonic())
+
+
+def wait_for_checkpoint(output: Path, step: int) -> None:
+    """Until a checkpoint of at least `step` is there."""
+    end = time.monotonic() + 180
+    while time.monotonic() < end:
+        matches = (re.fullmatch(r"checkpoint-(\d+)", path.name) for path in output.glob("checkpoint-*"))
+        if any(match and int(match[1]) >= step for match in matches):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"no checkpoint-{step} in {output}")
+
+
+def descendants(pid: int) -> list[int]:
+    """Process ids below `pid`."""
+    found: list[int] = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children") if Path(f"/proc/{pid}").exists() else []:
+        try:
+            for child in map(int, task.read_text().split()):
+                found += [child, *descendants(child)]
+        except OSError:
+            continue
+    return found
+
+
+def environment_of(pid: int) -> dict[str, str]:
+    """The variables a process was started with."""
+    try:
+        content = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace")
+    except OSError:
+        return {}
+    return dict(entry.split("=", 1) for entry in content.split("\0") if "=" in entry)
+
+
+def kill(pid: int, number: signal.Signals) -> None:
+    """Send a signal; gone already is fine."""
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return

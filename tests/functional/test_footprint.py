@@ -1,0 +1,54 @@
+"""What a process is predicted to hold, by its parts; `benchmarks/footprint.py` compares with measured processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from eft.config.load import config_from_mapping
+from eft.data.store import as_token_dataset
+from eft.footprint import Footprint, footprint
+from eft.inputs import plan_of
+from eft.parallel.plan import Degrees
+from tests.functional.reference import token_rows
+
+
+def predict(folder: Path, world_size: int, **keys: Any) -> tuple[Footprint, Degrees]:
+    values = {
+        "base_model": str(folder),
+        "datasets": [{"path": "given"}],
+        "output_dir": "unused",
+        "sequence_len": 64,
+        "sample_packing": True,
+        "global_batch_size": world_size,
+        "learning_rate": 1e-3,
+        "bf16": False,
+        **keys,
+    }
+    config = config_from_mapping(values)
+    plan = plan_of(config, as_token_dataset(token_rows(24)), world_size)
+    return footprint(config, plan, world_size), Degrees.resolve(world_size, config)
+
+
+def test_ddp_holds_its_gradients_twice_and_shards_hold_a_part(model_folder: Callable[[str], Path]) -> None:
+    folder = model_folder("llama")
+    one, copies, shards = (predict(folder, size, **keys)[0] for size, keys in WAYS)
+    assert (one.buckets, copies.buckets, shards.buckets) == (0, one.gradients, 0)
+    assert (copies.weights, copies.optimizer) == (one.weights, one.optimizer)
+    assert shards.weights == one.weights // 2
+    assert shards.optimizer == one.optimizer // 2
+    assert shards.gathered > 0
+    for held in (one, copies, shards):
+        assert held.peak >= held.weights + held.optimizer + held.buckets + held.gathered + held.activations + held.kept
+
+
+WAYS: list[tuple[int, dict[str, Any]]] = [(1, {}), (2, {}), (2, {"fsdp_version": 2})]
+
+
+def test_it_is_called_an_estimate(model_folder: Callable[[str], Path]) -> None:
+    held, degrees = predict(model_folder("llama"), 2)
+    shown = dict(held.rows(degrees))["memory of each"]
+    assert shown.startswith("about ")
+    assert "an estimate" in shown
+    assert "kept by malloc" in shown
