@@ -25,6 +25,7 @@ from eft.models.adapters import set_dtypes
 from eft.models.generate import sample_texts
 from eft.models.load import load_model
 from eft.models.tokenizer import load_tokenizer
+from eft.parallel.plan import batch_of
 from eft.quickstart.material import GGUF_FILE, write_material
 from eft.quickstart.measure import Score, score
 from eft.quickstart.plain_loop import PlainTiming, time_plain_loop
@@ -142,8 +143,9 @@ def _measures(result: Result) -> dict[str, dict[str, float | str]]:
 
 
 def _time_plain(base: PreTrainedModel, meta: DatasetMeta, config: TrainConfig, first_row: int) -> PlainTiming:
-    """A few plain steps of as many rows as a step of ours holds on average."""
-    rows_per_step = max(1, round(len(meta.train_dataset) * config.num_epochs / meta.total_num_steps))
+    """A few plain steps of about as many rows as a step of ours holds."""
+    tokens_per_step = batch_of(config, 1).global_batch_size * config.sequence_len
+    rows_per_step = max(1, round(tokens_per_step / float(meta.train_dataset.lengths.mean())))
     return time_plain_loop(
         base,
         meta.train_dataset,
