@@ -163,7 +163,7 @@ TOUR: dict[str, dict[str, Any]] = {
         "peft_init_lora_weights": "gaussian",
         "peft_layers_to_transform": [1],
         "peft_layers_pattern": "layers",
-        "peft_trainable_token_indices": [1],
+        "peft_trainable_token_indices": [3],
         "peft": {"lora_bias": False},
     },
     "part of the weights, another schedule, parts of epochs": {

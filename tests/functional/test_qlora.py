@@ -71,29 +71,43 @@ def _four_bit(make_config: MakeConfig, folder: Path) -> Any:
     return apply_adapter(load_model(config, compute_dtype=torch.float32, seed=1), config, seed=1)
 
 
-def _evaluate_then_train(model: Any) -> tuple[bool, bool]:
-    """Whether a forward in evaluation mode leaves the base's bits alone, and every factor gets a gradient after it."""
+def _gradients(model: Any, *, after_evaluation: bool) -> dict[str, torch.Tensor]:
+    """Of one step, whose adapter is no zero; perhaps after a forward in evaluation mode."""
+    draw = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.1, generator=draw)
     ids = torch.arange(12)[None]
-    before = {name: layer.weight.detach().clone() for name, layer in quantised_layers(model).items()}
-    with torch.no_grad():
-        model.eval()(ids)
-    after = {name: layer.weight.detach() for name, layer in quantised_layers(model).items()}
+    if after_evaluation:
+        with torch.no_grad():
+            model.eval()(ids)
     model.train()(ids, labels=ids).loss.backward()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return all(torch.equal(before[n], after[n]) for n in before), all(p.grad is not None for p in trained)
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def test_an_evaluation_before_the_training_costs_no_gradients(make_config: MakeConfig, tmp_path: Path) -> None:
-    model = _four_bit(make_config, tmp_path)
-    set_dtypes(model)
-    assert _evaluate_then_train(model) == (True, True)
+def test_an_evaluation_before_the_training_changes_no_gradient(make_config: MakeConfig, tmp_path: Path) -> None:
+    found = []
+    for after_evaluation in (False, True):
+        model = _four_bit(make_config, tmp_path / str(after_evaluation))
+        set_dtypes(model)
+        before = {name: layer.weight.detach().clone() for name, layer in quantised_layers(model).items()}
+        found.append(_gradients(model, after_evaluation=after_evaluation))
+        assert all(torch.equal(layer.weight, before[name]) for name, layer in quantised_layers(model).items())
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(gradient, found[1][name]) for name, gradient in found[0].items())
 
 
 @pytest.mark.filterwarnings("ignore:bitsandbytes..gemv_4bit. an autograd kernel was not registered:UserWarning")
 def test_what_bitsandbytes_does_by_itself(make_config: MakeConfig, tmp_path: Path) -> None:
-    """Fails once bitsandbytes leaves layers alone in evaluation mode: then `keep_as_stored` can go."""
+    """Wrong gradients below, none of them missing. Fails once that is mended: then `keep_as_stored` can go."""
     from bitsandbytes.functional import has_avx512bf16
 
     if not has_avx512bf16():
         pytest.skip("bitsandbytes repacks on CPUs with AVX512-BF16 only")
-    assert not _evaluate_then_train(_four_bit(make_config, tmp_path))[0]
+    right, wrong = (
+        _gradients(_four_bit(make_config, tmp_path / str(evaluated)), after_evaluation=evaluated)
+        for evaluated in (False, True)
+    )
+    lower = [name for name in right if "layers.0." in name]
+    assert lower
+    assert all((wrong[name] - right[name]).norm() > 0.1 * right[name].norm() for name in lower)

@@ -117,7 +117,40 @@ def test_audit_passes_after_three_steps_of_lora_and_not_after_one() -> None:
     assert "lora_B" not in first.detail
     train(model, 2)
     assert audit.check().status == "pass"
-    assert audit.check().numbers == {"trainable": 8, "frozen": 21, "idle": 0, "moved": 0}
+    assert audit.check().numbers == {"trainable": 8, "frozen": 21, "idle": 0, "moved": 0, "waiting": 0}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_single_trained_token_may_wait_for_its_first_row_and_not_longer(tied: bool) -> None:
+    def audited(token: int) -> tuple[nn.Module, TrainedTensorAudit]:
+        model = get_peft_model(
+            tiny_model("llama", tie_word_embeddings=tied),
+            LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[token]),
+        )
+        audit = TrainedTensorAudit(model)
+        audit.start()
+        return model, audit
+
+    model, audit = audited(50)  # `train` has the tokens 3 to 39
+    train(model, 3)
+    waits = audit.check()
+    # A tied head gives every row a gradient.
+    assert (waits.status, waits.numbers["waiting"]) == ("pass", 0 if tied else 1), waits.detail
+
+    model, audit = audited(20)
+    train(model, 3)
+    came = audit.check()
+    assert (came.status, came.numbers["waiting"]) == ("pass", 0), came.detail
+    audit.close()
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+    model, audit = audited(20)
+    rows = next(parameter for name, parameter in model.named_parameters() if "trainable_tokens_delta" in name)
+    rows.register_hook(torch.zeros_like)  # cut off from its gradient
+    train(model, 3)
+    cut_off = audit.check()
+    assert cut_off.status == "fail"
+    assert "trainable_tokens_delta" in cut_off.detail
 
 
 def test_audit_names_idle_and_moved_tensors() -> None:

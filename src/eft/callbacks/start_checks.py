@@ -54,6 +54,7 @@ class StartChecks(TrainerCallback):
             return
         if result.status == "fail" and self.config.bfloat16 and result.numbers["moved"] == 0:
             result = self._kept_in_fp32(result, model, optimizer)
+        self.audit.close()
         self.audit = None
         self._record(result)
 

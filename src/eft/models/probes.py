@@ -5,11 +5,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils.hooks import RemovableHandle
 
 from eft.core.errors import PromiseBroken
 from eft.core.records import PromiseResult
@@ -96,11 +99,19 @@ class TrainedTensorAudit:
         self._model = model
         self._before: dict[str, Tensor] = {}
         self.idle: list[str] = []
-        """Names of the trainable tensors that the last check found unchanged."""
+        """Names of the trainable tensors that the last check found unchanged, and that had reason to change."""
+        self._rows = _trained_rows(model)
 
     def start(self) -> None:
-        """Remember a checksum of every parameter."""
+        """Remember a checksum of every parameter; from now on, note whether single trained tokens occur."""
+        for rows in self._rows:
+            rows.start()
         self._before = {name: _checksum(parameter) for name, parameter in _parameters(self._model)}
+
+    def close(self) -> None:
+        """Leave the model as it was; nothing to check any more."""
+        for rows in self._rows:
+            rows.stop()
 
     def check(self) -> PromiseResult:
         """Compare with `start()`. Fails by the names of idle trainable tensors and of changed frozen ones."""
@@ -110,11 +121,17 @@ class TrainedTensorAudit:
         trainable = frozen = 0
         parameters = dict(_parameters(self._model))
         flags = [not torch.equal(_checksum(parameter), self._before[name]) for name, parameter in parameters.items()]
-        for (name, parameter), changed in zip(parameters.items(), _on_any_rank(flags), strict=True):
+        found = _on_any_rank([*flags, *(rows.occurred() for rows in self._rows)])
+        unseen = {rows.name for rows, seen in zip(self._rows, found[len(flags) :], strict=True) if not seen}
+        waiting = 0
+        for (name, parameter), changed in zip(parameters.items(), found, strict=False):
             trainable += parameter.requires_grad
             frozen += not parameter.requires_grad
             if parameter.requires_grad and not changed:
-                idle.append(name)
+                if name.rpartition(".")[0] in unseen:
+                    waiting += 1
+                else:
+                    idle.append(name)
             elif changed and not parameter.requires_grad:
                 moved.append(name)
         self.idle = idle
@@ -125,13 +142,61 @@ class TrainedTensorAudit:
             faults.append(f"{len(idle)} of {trainable} trainable tensors did not change: {_some(idle)}")
         if moved:
             faults.append(f"{len(moved)} of {frozen} frozen tensors changed: {_some(moved)}")
+        passed = f"{trainable - waiting} trainable tensors changed, {frozen} frozen ones did not"
+        if waiting:
+            passed += f"; {waiting} could not yet: the single tokens that it trains did not occur in these steps"
         return PromiseResult(
             "trained tensors",
             "every trainable tensor changes, no frozen one does",
             "fail" if faults else "pass",
-            "; ".join(faults) or f"{trainable} trainable tensors changed, {frozen} frozen ones did not",
-            {"trainable": trainable, "frozen": frozen, "idle": len(idle), "moved": len(moved)},
+            "; ".join(faults) or passed,
+            {"trainable": trainable, "frozen": frozen, "idle": len(idle), "moved": len(moved), "waiting": waiting},
         )
+
+
+class _TrainedRows:
+    """Whether one of the tokens whose embeddings are trained (`peft_trainable_token_indices`) went into the model.
+
+    An embedding's rows have no gradient but from their own tokens; a head's get one from every token.
+    """
+
+    def __init__(self, name: str, layers: list[TrainableTokensLayer]) -> None:
+        self.name = name
+        self._layers = layers
+        self._seen: Tensor | None = None
+        self._hooks: list[RemovableHandle] = []
+
+    def start(self) -> None:
+        """Look at every input from now on, on its own device."""
+        self._hooks = [layer.register_forward_pre_hook(self._look) for layer in self._layers]
+
+    def _look(self, layer: Any, args: tuple[Any, ...]) -> None:
+        ids = args[0]
+        if ids.is_floating_point():  # hidden states: the layer is a head
+            seen = torch.ones((), dtype=torch.bool, device=ids.device)
+        else:
+            wanted = [index for indices in layer.token_indices.values() for index in indices]
+            seen = torch.isin(ids, torch.tensor(wanted, device=ids.device)).any()
+        self._seen = seen if self._seen is None else self._seen | seen
+
+    def occurred(self) -> bool:
+        """Whether one came so far."""
+        return self._seen is not None and bool(self._seen)
+
+    def stop(self) -> None:
+        """Stop looking."""
+        for hook in self._hooks:
+            hook.remove()
+
+
+def _trained_rows(model: nn.Module) -> list[_TrainedRows]:
+    # A tied head holds its embedding's rows: one tensor, by its first name as in `named_parameters`.
+    found: dict[int, tuple[str, list[TrainableTokensLayer]]] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, TrainableTokensLayer):
+            rows = module.trainable_tokens_delta
+            found.setdefault(id(rows), (f"{path}.trainable_tokens_delta", []))[1].append(module)
+    return [_TrainedRows(name, layers) for name, layers in found.values()]
 
 
 def require_gradients(loss: Tensor, model: nn.Module) -> None:

@@ -105,7 +105,7 @@ def keep_as_stored(model: nn.Module) -> None:
     """Keep bitsandbytes from repacking 4-bit layers for its inference kernel on CPUs with AVX512-BF16.
 
     Its first forward in evaluation mode would repack them in place, round their scales to bf16, and leave them so: the
-    kernel knows no backward, so the training after it would lose the gradients of everything below (0.50.2).
+    kernel knows no backward, so the training after it would get wrong gradients for everything below (0.50.2).
     """
     for layer in quantised_layers(model).values():
         if type(layer).__name__ == "Linear4bit":
