@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from eft.models import document_attention as documents
 from eft.models.tiled_attention import has_fast_products, tiled_attention
@@ -104,6 +105,35 @@ def test_rows_are_exact_to_the_last_bit_beside_any_neighbour() -> None:
     for document in range(3):
         assert all(map(torch.equal, together[document], reversed_[document]))
     assert all(map(torch.equal, together[1], alone[1]))
+
+
+class _Products(TorchDispatchMode):
+    """The shapes of all products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: set[tuple[Any, ...]] = set()
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if op in (torch.ops.aten.bmm.default, torch.ops.aten.baddbmm.default):
+            self.shapes.add((op, *(tuple(operand.shape) for operand in args if isinstance(operand, Tensor))))
+        return op(*args, **(kwargs or {}))
+
+
+def test_lengths_that_differ_a_little_share_their_products() -> None:
+    """Each new shape would cost memory for ever: oneDNN keeps code for it."""
+
+    def products(length: int) -> set[tuple[Any, ...]]:
+        with _Products() as found:
+            with_gradients(
+                lambda *leaves: tiled_attention(*leaves, [0, length], scaling=0.25, window=None), draw([length], 1)
+            )
+        return found.shapes
+
+    first = products(161)
+    assert len(first) >= 6
+    assert all(products(length) == first for length in (162, 175, 192))
+    assert products(193) != first
 
 
 def test_scores_far_apart_neither_overflow_nor_vanish() -> None:

@@ -5,7 +5,8 @@ all heads that share a key head, against every key they may see. It is as exact 
 and all sums are fp32, and only operands of products are bf16.
 
 Shapes: H query heads, G key/value heads, R = H / G, T tokens of the row, D and E head sizes of keys and of values,
-n queries and m keys of a tile. Rows of a tile are its queries, each with its R heads: [G, n·R, ...].
+n queries and m keys of a tile. Rows of a tile are its queries, each with its R heads: [G, n·R, ...]. A document's last
+tile is filled up with zeros, which no real token sees and whose own gradients are zero.
 """
 
 from __future__ import annotations
@@ -18,8 +19,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 _TILE = 128
+_STEP = 32
+"""A tile has a multiple of so many queries. Else oneDNN makes and keeps 4 MiB of code for each new document length."""
 _LOG2_E = math.log2(math.e)
 """Powers of 2 cost a quarter of powers of e."""
 
@@ -60,19 +64,19 @@ def _forward(
     with _bf16_products():
         for low, high in pairwise(bounds):
             keys, values = _rows(key, groups, low, high), _rows(value, groups, low, high)
-            for first, start, stop in _tiles(low, high, window):
-                seen = slice(first - low, stop - low)
+            for first, start, stop, end in _tiles(low, high, window):
+                seen, count = slice(first - low, end - low), stop - start
                 queries = _rows(query, groups, start, stop)
-                scores = _scores(queries, keys[:, seen], scaling, (first, start, stop), window)
+                scores = _scores(queries, keys[:, seen], scaling, (first, start, end), window)
                 largest = scores.amax(-1, keepdim=True)
                 weights = scores.sub_(largest).exp2_()
                 sums = weights.sum(-1, keepdim=True)
                 torch.div(
-                    _by_token(torch.bmm(weights, values[:, seen]), stop - start),
-                    _by_token(sums, stop - start),
+                    _by_token(torch.bmm(weights, values[:, seen]), end - start)[:count],
+                    _by_token(sums, end - start)[:count],
                     out=output[start:stop],
                 )
-                log_sums[:, start:stop] = (sums.log2_() + largest).view(groups, stop - start, -1, 1)
+                log_sums[:, start:stop] = (sums.log2_() + largest).view(groups, end - start, -1, 1)[:, :count]
     return output.view(1, tokens, heads, -1), log_sums
 
 
@@ -102,11 +106,12 @@ class _TiledAttention(torch.autograd.Function):
                 keys, values = _rows(key, groups, low, high), _rows(value, groups, low, high)
                 half_keys = keys.bfloat16()
                 sum_key, sum_value = torch.zeros_like(keys), torch.zeros_like(values)
-                for first, start, stop in _tiles(low, high, ctx.window):
-                    seen = slice(first - low, stop - low)
+                for first, start, stop, end in _tiles(low, high, ctx.window):
+                    seen = slice(first - low, end - low)
                     queries, upper = _rows(query, groups, start, stop), _rows(gradient, groups, start, stop)
-                    weights = _scores(queries, keys[:, seen], ctx.scaling, (first, start, stop), ctx.window)
-                    weights.sub_(log_sums[:, start:stop].reshape(groups, -1, 1)).exp2_()
+                    weights = _scores(queries, keys[:, seen], ctx.scaling, (first, start, end), ctx.window)
+                    sums = log_sums[:, start:stop].reshape(groups, -1, 1)
+                    weights.sub_(F.pad(sums, (0, 0, 0, weights.shape[1] - sums.shape[1]))).exp2_()
                     half = weights.bfloat16()
                     sum_value[:, seen] += torch.bmm(half.transpose(1, 2), upper.bfloat16())
                     # softmax backward, w·(d - Σ w·d): from fp32 weights, not from the output's rounded values.
@@ -115,24 +120,30 @@ class _TiledAttention(torch.autograd.Function):
                     half.copy_(d_scores)
                     sum_key[:, seen] += torch.bmm(half.transpose(1, 2), queries.bfloat16())
                     product = _product(half, half_keys[:, seen], ctx.scaling)
-                    d_query[start:stop] = _by_token(product, stop - start)
-                torch.mul(sum_key.transpose(0, 1), ctx.scaling, out=d_key[low:high])
-                d_value[low:high] = sum_value.transpose(0, 1)
+                    d_query[start:stop] = _by_token(product, end - start)[: stop - start]
+                torch.mul(sum_key[:, : high - low].transpose(0, 1), ctx.scaling, out=d_key[low:high])
+                d_value[low:high] = sum_value[:, : high - low].transpose(0, 1)
         d_query = d_query.view(1, tokens, heads, -1).transpose(1, 2)
         return d_query, d_key[None].transpose(1, 2), d_value[None].transpose(1, 2), None, None, None
 
 
-def _tiles(low: int, high: int, window: int | None) -> Iterator[tuple[int, int, int]]:
-    """(first key, first query, end of both) of each tile of the document [low, high)."""
+def _tiles(low: int, high: int, window: int | None) -> Iterator[tuple[int, int, int, int]]:
+    """(first key, first query, end of both, and their end once filled up) of each tile of the document [low, high)."""
     for start in range(low, high, _TILE):
-        yield low if window is None else max(low, start - window + 1), start, min(start + _TILE, high)
+        stop = min(start + _TILE, high)
+        yield low if window is None else max(low, start - window + 1), start, stop, start + _filled(stop - start)
+
+
+def _filled(length: int) -> int:
+    return -(-length // _STEP) * _STEP
 
 
 def _rows(tensor: Tensor, groups: int, start: int, stop: int) -> Tensor:
-    """[1, heads, T, D] → float32 [G, (stop - start)·heads/G, D], contiguous."""
+    """[1, heads, T, D] → float32 [G, n·heads/G, D], contiguous; n ≥ stop - start, zeros at the end."""
     heads, size, length = tensor.shape[1], tensor.shape[-1], stop - start
-    rows = tensor.new_empty(groups, length, heads // groups, size, dtype=torch.float32)
-    rows.copy_(tensor[0, :, start:stop].reshape(groups, -1, length, size).transpose(1, 2))
+    rows = tensor.new_empty(groups, _filled(length), heads // groups, size, dtype=torch.float32)
+    rows[:, :length] = tensor[0, :, start:stop].reshape(groups, -1, length, size).transpose(1, 2)
+    rows[:, length:] = 0
     return rows.view(groups, -1, size)
 
 
