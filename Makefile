@@ -5,6 +5,7 @@
 #   make test         the tests that CI runs
 #   make test-all     every test: also the full matrices, and those for an accelerator where there is one
 #   make faults       let every fault strike a training run (kills, signals, full disks, ...), write docs/faults.md
+#   make kills        kill -9 ranks of runs of two processes 50 times and more, write the table of docs/parallel.md
 #   make families     audit every causal-LM family for leaks between packed documents, write docs/families.md
 #   make bench        a training step, the host's part of it and start-up beside the peers, written to docs/benchmarks.md
 #   make check        style, types, layers, generated docs
@@ -27,7 +28,7 @@ COMPAT := $(wildcard compat/axolotl/pyproject.toml)
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/pytest -n $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all faults families bench check clean
+.PHONY: help quickstart test test-all faults kills families bench check clean
 
 help:
 	@sed -n 's/^#   make/  make/p' Makefile
@@ -43,6 +44,9 @@ test-all: $(VENV)/.installed
 
 faults: $(VENV)/.installed
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.faults
+
+kills: $(VENV)/.installed
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.distributed.kills
 
 families: $(VENV)/.installed
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.families.audit --write >/dev/null

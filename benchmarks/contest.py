@@ -48,7 +48,8 @@ class ContenderFailed(Exception):  # noqa: N818 - what is said reads better
 class Contender:
     """A running process of an entry."""
 
-    def __init__(self, entry: Entry, settings: dict[str, Any], folder: Path) -> None:
+    def __init__(self, entry: Entry, settings: dict[str, Any], folder: Path, *, wait: bool = True) -> None:
+        """`wait` False: of several that only get ready together; call `wait_until_ready` on each."""
         self.entry = entry
         self.fill: float | None = None
         """Real tokens over the capacity of its rows, where its own packing decides it."""
@@ -58,7 +59,7 @@ class Contender:
         path.write_text(json.dumps(settings))
         command_read, command_write = os.pipe()
         reply_read, reply_write = os.pipe()
-        started = time.monotonic()
+        self._started = time.monotonic()
         with self.log.open("w") as log:
             self._process = subprocess.Popen(
                 [entry.python, CHILDREN / entry.script, str(command_read), str(reply_write), path],
@@ -71,12 +72,25 @@ class Contender:
         os.close(command_read)
         os.close(reply_write)
         self._commands, self._replies = os.fdopen(command_write, "w"), os.fdopen(reply_read)
+        if wait:
+            self.wait_until_ready()
+
+    def wait_until_ready(self) -> None:
+        """Return once it waits for its first command."""
         self._receive("ready")
-        self.seconds_to_ready = time.monotonic() - started
+        self.seconds_to_ready = time.monotonic() - self._started
 
     def run(self, steps: int) -> Reply:
         """Train `steps` optimizer steps now."""
+        self.begin(steps)
+        return self.finish()
+
+    def begin(self, steps: int) -> None:
+        """Start `steps` optimizer steps."""
         self._send(steps)
+
+    def finish(self) -> Reply:
+        """Wait until they are over."""
         return Reply(**self._receive("steps"))
 
     def stop(self) -> None:
@@ -89,7 +103,8 @@ class Contender:
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
-        self._commands.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._commands.close()
         self._replies.close()
 
     def _send(self, number: int) -> None:
@@ -122,4 +137,5 @@ def _environment(settings: dict[str, Any], *, own: bool) -> dict[str, str]:
     device = (
         {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0")} if settings["device"] == "cuda" else {}
     )
-    return {**kept, **offline, **device, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    own_variables = settings.get("environment", {})
+    return {**kept, **offline, **device, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, **own_variables}

@@ -82,6 +82,7 @@ class Shape:
 _LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0}
 SHAPES = {
     "tiny": Shape(64, 2, 4, 2, 128, 512, tied=True),
+    "24m": Shape(384, 12, 6, 2, 1024, 16384, tied=True),
     "135m": Shape(576, 30, 9, 3, 1536, 49152, tied=True),  # SmolLM2-135M
     "1b": Shape(2048, 16, 32, 8, 8192, 128256, tied=True),  # Llama-3.2-1B
     "8b-lora": Shape(4096, 32, 32, 8, 14336, 128256, tied=False, lora=_LORA),  # Llama-3.1-8B

@@ -12,6 +12,10 @@ from transformers import AutoTokenizer
 from eft.builder import HFCausalTrainerBuilder, as_config
 from eft.data.store import open_store
 from eft.inputs import load_trainable_model
+from eft.parallel.group import process_group
+from eft.parallel.watch import stall_watch
+
+TIMEOUT_S = 600.0
 
 
 def config_of(settings: dict[str, Any]) -> dict[str, Any]:
@@ -57,7 +61,15 @@ def main() -> None:
     config = as_config(config_of(settings))
     tokenizer = AutoTokenizer.from_pretrained(settings["model"])
     builder = HFCausalTrainerBuilder(config, load_trainable_model(config, tokenizer), tokenizer)
-    builder.train_dataset = store = open_store(Path(settings["rows"]) / "store")
+    builder.train_dataset = open_store(Path(settings["rows"]) / "store")
+    here = builder.environment
+    with process_group(here.world_size, here.device, TIMEOUT_S), stall_watch(here.rank, here.world_size, TIMEOUT_S):
+        run(builder, link)
+
+
+def run(builder: HFCausalTrainerBuilder, link: Link) -> None:
+    """In the group of all processes."""
+    store = builder.train_dataset
     trainer = builder.build()
     plan = trainer.make_plan()
     steps = [plan.step(number) for number in range(plan.total_steps)]

@@ -71,8 +71,8 @@ def main() -> None:
 
 
 def per_step(values: list[int], settings: dict[str, Any]) -> list[int]:
-    """Sums over the rows of each optimizer step."""
-    size = settings["accumulation"]
+    """Sums over the rows of each optimizer step, of all processes."""
+    size = settings.get("rows_per_step", settings["accumulation"])
     return [sum(values[first : first + size]) for first in range(0, len(values), size)]
 
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Callable, Mapping
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +22,9 @@ from eft.config.identity import identity_hash
 from eft.config.load import config_from_mapping
 from eft.config.root import TrainConfig
 from eft.config.usage import KEYS_OF_CALLER, effective_keys
-from eft.core.errors import ConfigError, ModelError
+from eft.core.errors import ModelError
 from eft.core.records import PromiseResult
+from eft.data.balance import RankShare
 from eft.data.batches import BatchSource
 from eft.data.collators import Collator, PackedCollator, PaddedCollator
 from eft.data.image_prepare import image_size_of
@@ -47,16 +46,19 @@ from eft.models.probes import boundary_probe, select_logits_kwargs
 from eft.models.processor import check_processor
 from eft.models.router_logits import find_router_loss
 from eft.models.ulysses import SharedRows, install_ulysses
-from eft.models.verify_export import probe_save
+from eft.models.verify_export import digest_save, probe_save
 from eft.optim.averaging import evaluation_weights
 from eft.optim.in_backward import UpdatesInBackward, check_updates_in_backward
 from eft.optim.optimizers import OPTIMIZERS, build_optimizer
 from eft.optim.schedulers import build_scheduler
-from eft.parallel.engine import accelerator_arguments, check_engine, check_family, one_tensor_at_a_time
+from eft.parallel.deepspeed import check_deepspeed, check_zero, deepspeed_arguments, deepspeed_environment
+from eft.parallel.deepspeed_state import ZeroShards
+from eft.parallel.engine import accelerator_arguments, check_engine, complete_split, one_tensor_at_a_time
 from eft.parallel.group import Agreement, subgroup_of
 from eft.parallel.plan import BatchPlan, Degrees, batch_of
 from eft.parallel.sharding import TensorShards
-from eft.preflight import preflight_is_wanted, preflight_of, say_untried
+from eft.parallel.state_dict import forget_gathered
+from eft.preflight import preflight_is_wanted, preflight_of
 from eft.preflight.callback import Preflight
 from eft.runtime.checkpoint import CheckpointStore
 from eft.runtime.dtype_ledger import Announced
@@ -66,13 +68,14 @@ from eft.runtime.metrics import Throughput
 from eft.runtime.offload import activation_offloading
 from eft.runtime.rng import add_rng, load_rng
 from eft.runtime.watchdog import Watchdog
+from eft.runtime.weights import live_weights
 from eft.trainer.dtypes import DtypeLedger
 from eft.trainer.flow import flow_rules
 from eft.trainer.guard import watch_rules
 from eft.trainer.in_backward import AttachUpdates
 from eft.trainer.parts import ParallelParts, SaveProbe, TrainerParts
 from eft.trainer.trainer import EftTrainer
-from eft.trainer.training_args import build_training_arguments, set_tracker_environment
+from eft.trainer.training_args import build_training_arguments, require_trackers, set_tracker_environment
 
 logger = logging.getLogger(__name__)
 
@@ -87,25 +90,6 @@ class PlaceholderDataset:
 def as_config(cfg: TrainConfig | Mapping[str, Any]) -> TrainConfig:
     """The typed config: itself, or a mapping (a `DictDefault`, say) validated now."""
     return cfg if isinstance(cfg, TrainConfig) else config_from_mapping(cfg)
-
-
-def require_trackers(config: TrainConfig) -> None:
-    """Raise ConfigError for a tracker whose package is missing; its Trainer integration would only fail by then."""
-    packages = {
-        "use_tensorboard": "tensorboard",
-        "use_wandb": "wandb",
-        "use_mlflow": "mlflow",
-        "use_trackio": "trackio",
-    }
-    for key, package in packages.items():
-        if getattr(config, key) and find_spec(package) is None:
-            raise ConfigError(f"{key}: needs the package {package}; pip install 'eft-trainer[{package}]'.")
-    address = config.mlflow_tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
-    if config.use_mlflow and address is None and find_spec("sqlalchemy") is None:
-        raise ConfigError(
-            "use_mlflow: where to? Without an address MLflow wants a database, and the package sqlalchemy is missing. "
-            f"Set `mlflow_tracking_uri`, such as file:{Path(config.output_dir).resolve() / 'mlruns'}"
-        )
 
 
 class HFCausalTrainerBuilder:
@@ -147,6 +131,8 @@ class HFCausalTrainerBuilder:
         self.environment = Environment.detect()
         self.degrees = Degrees(self.environment.world_size, dp_replicate=self.environment.world_size)
         self.outcome = RunOutcome()
+        self.pinned_global_batch_size: int | None = None
+        """That of the checkpoint which is going to be resumed: accumulation follows from it (D2)."""
         self.console: Console | None = None
         self.keys_read_before: frozenset[str] = frozenset()
         """Keys that were read from another copy of the config, such as those of data prepared earlier."""
@@ -165,8 +151,11 @@ class HFCausalTrainerBuilder:
         require_trackers(config)
         precision = resolve_precision(config, self.environment)
         self.degrees = Degrees.resolve(self.environment.world_size, config)
-        check_family(self.degrees, base_of(self.model).config.get_text_config().model_type)
-        batch = batch_of(config, self.environment.world_size)
+        check_deepspeed(self.degrees)
+        shards = ZeroShards if self.degrees.zero else TensorShards
+        self.shards = shards(self.environment.rank, self.environment.world_size)
+        complete_split(self.model, base_of(self.model), config, self.degrees)
+        batch = batch_of(config, self.environment.world_size, self.pinned_global_batch_size)
         check_compiler(config, self.environment.device)
         check_liger(config, self.environment.device)
         dtypes = {"pure_bf16": precision.pure, "autocast": precision.autocast}
@@ -176,29 +165,34 @@ class HFCausalTrainerBuilder:
         with without_compilation():
             support = self._install_attention(precision)
             loss, evaluation_loss = self._losses(support, precision)
+        forget_gathered(self.model)
         self._install_kernels()
         part_of_row = self._share_rows(support)
         parts = self._parts(part_of_row, support, batch, loss, evaluation_loss)
         first = self._first_callbacks(parts, batch, precision)
-        trainer = self.trainer_class(
-            parts,
-            total_num_steps=total_num_steps or None,
-            model=self.model,
-            args=build_training_arguments(
-                config,
-                accumulation=batch.accumulation,
-                compute_dtype=precision.autocast_dtype,
-                device_type=self.environment.device.type,
-                # A stream has no length to take steps from; the plan sets their number.
-                max_steps=config.max_steps or total_num_steps or (1 if config.streaming else None),
-                has_eval=self._may_evaluate(),
-            ),
-            train_dataset=self.train_dataset,
-            eval_dataset=PlaceholderDataset() if self.eval_dataset is None else self.eval_dataset,
-            processing_class=self.tokenizer if self.processor is None else self.processor,
-            callbacks=[*first, *build_callbacks(config, self._context())],
-        )
+        deepspeed = deepspeed_arguments(config, self.degrees, batch, precision.autocast_dtype)
+        with deepspeed_environment(self.degrees, self.environment.device):
+            trainer = self.trainer_class(
+                parts,
+                total_num_steps=total_num_steps or None,
+                model=self.model,
+                args=build_training_arguments(
+                    config,
+                    accumulation=batch.accumulation,
+                    compute_dtype=precision.autocast_dtype,
+                    device_type=self.environment.device.type,
+                    # A stream has no length to take steps from; the plan sets their number.
+                    max_steps=config.max_steps or total_num_steps or (1 if config.streaming else None),
+                    has_eval=self._may_evaluate(),
+                    deepspeed=deepspeed,
+                ),
+                train_dataset=self.train_dataset,
+                eval_dataset=PlaceholderDataset() if self.eval_dataset is None else self.eval_dataset,
+                processing_class=self.tokenizer if self.processor is None else self.processor,
+                callbacks=[*first, *build_callbacks(config, self._context())],
+            )
         check_engine(self.degrees, trainer.accelerator.distributed_type, self.environment.device.type)
+        check_zero(self.degrees, trainer.accelerator.distributed_type)
         trainer.outcome = self.outcome
         for callback in first:
             if isinstance(callback, Preflight | DtypeLedger):
@@ -214,10 +208,8 @@ class HFCausalTrainerBuilder:
             callbacks.append(AttachUpdates(parts.optimizer))
         if not preflight_is_wanted(self.config, self.environment) or self.processor is not None:
             return callbacks
-        if self.environment.world_size == 1:
-            callbacks.append(preflight_of(self.config, self.environment, batch, parts, self.console))
-        elif self.environment.rank == 0:
-            say_untried(self.environment.world_size)
+        console = self.console if self.environment.rank == 0 else None
+        callbacks.append(preflight_of(self.config, self.environment, batch, parts, self.degrees, console))
         return callbacks
 
     def _check_not_packed(self, processor: ProcessorMixin) -> None:
@@ -338,7 +330,7 @@ class HFCausalTrainerBuilder:
                 save_total_limit=config.save_total_limit or None,
                 keep_every=config.save_keep_every,
                 asynchronous=config.save_asynchronously,
-                sharding=TensorShards(rank, world_size),
+                sharding=self.shards,
             ),
             offloading=partial(
                 activation_offloading,
@@ -357,18 +349,18 @@ class HFCausalTrainerBuilder:
             parallel=ParallelParts(
                 accelerator_arguments(config, self.degrees),
                 self.degrees.gradient_ranks,
-                is_sharded=self.degrees.sharded or self.degrees.tp > 1,
+                is_sharded=self.degrees.shares_weights,
                 part_of_row=part_of_row,
             ),
         )
 
     def _probe_save(self) -> SaveProbe | None:
-        """What has every save loaded by a fresh process, where one process has the whole model to compare with."""
+        """What has every save loaded by a fresh process: to compute, where this one can do so too, else to compare."""
         if self.config.verify_saves != "always":
             return None
-        if self.degrees.sharded or self.degrees.tp > 1:
-            logger.warning("verify_saves: always; a sharded model is verified at the end only")
-            return None
+        if self.degrees.shares_weights:
+            whole = self.shards.whole
+            return partial(digest_save, live=live_weights, whole=whole, gguf_file=self.config.gguf_file)
         return partial(probe_save, gguf_file=self.config.gguf_file)
 
     def _optimizer(self, batch: BatchPlan) -> Callable[[nn.Module], Optimizer]:
@@ -376,6 +368,8 @@ class HFCausalTrainerBuilder:
         config = self.config
         bf16_update = config.bf16_update if config.bfloat16 else None
         build = partial(build_optimizer, config, bf16_update=bf16_update, seed=config.seed)
+        if isinstance(self.shards, ZeroShards):
+            return partial(self.shards.build, build)
         if self.degrees.tp > 1:
             return partial(one_tensor_at_a_time, build)
         if not config.optimizer_in_backward:
@@ -401,14 +395,16 @@ class HFCausalTrainerBuilder:
             num_epochs=config.num_epochs,
             max_steps=config.max_steps,
             global_batch_size=batch.global_batch_size,
-            accumulation=batch.accumulation,
-            micro_batch_size=config.micro_batch_size,
+            share=RankShare(
+                rank=self.degrees.data_rank(self.environment.rank),
+                world_size=self.degrees.dp,
+                accumulation=batch.accumulation,
+                micro_batch_size=config.micro_batch_size,
+                cost_ratio=shape["attention_cost_ratio"],
+            ),
             eval_batch_size=config.eval_batch_size or config.micro_batch_size,
-            rank=self.degrees.data_rank(self.environment.rank),
-            world_size=self.degrees.dp,
             num_workers=config.dataloader_num_workers,
             pin_memory=config.dataloader_pin_memory and self.environment.device.type == "cuda",
-            attention_cost_ratio=shape["attention_cost_ratio"],
             vocabulary_rows=shape["vocabulary_rows"],
             position_rows=shape["position_rows"],
             buffer_samples=config.streaming_multipack_buffer_size,

@@ -35,7 +35,7 @@ _HEAD_CHUNK = 1 << 29
 """`loss.linear` holds so many bytes of logits at once, or fewer."""
 
 
-_PROCESS = 64 << 20
+_PROCESS = 88 << 20
 """Kernels, threads and gloo's buffers: what a process takes beside its tensors once it trains."""
 
 
@@ -105,12 +105,13 @@ def footprint(config: TrainConfig, plan: Plan, world_size: int) -> Footprint:
     gathered = _gathered_bytes(model) // degrees.tp if parts > 1 else 0
     buckets = gradients if parts == 1 and degrees.gradient_ranks > 1 else 0
     resident = (weights + buckets + state) // share
-    accumulated = gradients // share if batch_of(config, world_size).accumulation > 1 else 0
+    # Between micro-batches FSDP2 keeps gradients whole, and shards them after the last one.
+    accumulated = gradients // degrees.tp if batch_of(config, world_size).accumulation > 1 else 0
     layers = base_of(model).config.get_text_config().num_hidden_layers
     activations = saved // degrees.tp + head
     forward = resident + accumulated + activations + gathered
-    backward = resident + gradients // share + saved // degrees.tp // layers + gathered
-    kept = _kept_by_malloc(gradients // share, gathered, activations) if here.device.type == "cpu" else 0
+    backward = resident + (accumulated or gradients // share) + saved // degrees.tp // layers + gathered
+    kept = _kept_by_malloc(gradients // share, gathered) if here.device.type == "cpu" else 0
     return Footprint(
         weights=weights // share,
         gradients=gradients // share,
@@ -125,12 +126,13 @@ def footprint(config: TrainConfig, plan: Plan, world_size: int) -> Footprint:
     )
 
 
-def _kept_by_malloc(gradients: int, gathered: int, activations: int) -> int:
+def _kept_by_malloc(gradients: int, gathered: int) -> int:
     """Fitted: tensors below 32 MiB are cut out of one heap, and the holes that they leave do not fit the next ones.
 
-    With every tensor in a mapping of its own (MALLOC_MMAP_THRESHOLD_=65536) it is a third of that or less.
+    It does not grow with the rows: at the fullest moment their activations are alive, and lie in what was free. With
+    every tensor in a mapping of its own (MALLOC_MMAP_THRESHOLD_=65536) it is a third of that or less.
     """
-    return _PROCESS + gradients + gathered * 3 // 2 + activations // 10
+    return _PROCESS + gradients + gathered * 3 // 2
 
 
 def _meta_model(config: TrainConfig) -> PreTrainedModel:

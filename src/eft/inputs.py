@@ -22,10 +22,12 @@ from eft.data.stream_plan import StreamPlan
 from eft.data.stream_prepare import plan_of_stream, prepare_stream
 from eft.models.adapters import apply_adapter, apply_freezing
 from eft.models.cost import attention_cost_ratio
-from eft.models.load import load_model
+from eft.models.load import load_model, model_without_weights
 from eft.models.processor import load_processor
-from eft.models.tokenizer import load_tokenizer, resize_embeddings
+from eft.models.seeding import seeded_rng
+from eft.models.tokenizer import check_no_new_rows, load_tokenizer, resize_embeddings
 from eft.parallel.engine import load_time_sharding
+from eft.parallel.lora import remake_adapters
 from eft.parallel.plan import Degrees, batch_of
 from eft.runtime.env import Environment, resolve_precision
 
@@ -116,17 +118,34 @@ def plan_of(config: TrainConfig, dataset: Any, world_size: int) -> Plan:
     )
 
 
-def load_trainable_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The base model with its new tokens, its adapter or its frozen part; this process's share under tensor
-    parallelism."""
+def load_trainable_model(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, *, whole: bool = False
+) -> PreTrainedModel:
+    """The base model with its new tokens, its adapter or its frozen part; where it is split while it is loaded this
+    process's share, unless the `whole` is asked for.
+
+    Raises:
+        ModelError: of `load_model`; or the model is split, and not by a plan that trains exactly, or lacks rows.
+    """
     here = Environment.detect()
-    distributed = load_time_sharding(Degrees.resolve(here.world_size, config))
+    degrees = Degrees.resolve(here.world_size, config)
+    distributed = None
+    if degrees.in_parts and not whole:
+        distributed = load_time_sharding(config, degrees, model_without_weights(config))
     model = load_model(
         config,
         compute_dtype=resolve_precision(config, here).compute_dtype,
         seed=config.seed,
         distributed=distributed,
     )
-    new_tokens = resize_embeddings(model, tokenizer, config, seed=config.seed)
+    if distributed is not None:
+        check_no_new_rows(model, tokenizer, config)
+        new_tokens: list[int] = []
+    else:
+        new_tokens = resize_embeddings(model, tokenizer, config, seed=config.seed)
     apply_freezing(model, config)
-    return apply_adapter(model, config, seed=config.seed, new_token_ids=new_tokens)
+    adapted = apply_adapter(model, config, seed=config.seed, new_token_ids=new_tokens)
+    if distributed is not None:
+        with seeded_rng(config.seed, model):
+            remake_adapters(adapted)
+    return adapted

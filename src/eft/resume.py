@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 
@@ -11,8 +12,11 @@ from eft.config.identity import differences, identity, identity_hash
 from eft.config.root import TrainConfig
 from eft.core.errors import CheckpointError, ConfigError
 from eft.parallel.group import from_first_rank
+from eft.parallel.plan import batch_of
 from eft.runtime.checkpoint import CheckpointStore, verify_manifest
 from eft.runtime.run_folder import FolderRequest, RunFolder, claim_run_folder, recorded_identity
+from eft.trainer.checkpoint import PROGRESS_FILE
+from eft.trainer.progress import GLOBAL_BATCH
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +89,27 @@ def checkpoint_to_resume(
             soft_wrap=True,
         )
     return str(newest)
+
+
+def pinned_batch(config: TrainConfig, checkpoint: str, world_size: int, console: Console | None) -> int | None:
+    """The global batch of `checkpoint`, which the run keeps however many processes continue it (D2); said where the
+    config alone would come to another. None: written before it was recorded.
+
+    Raises:
+        ConfigError: the processes cannot make it up, or the config asks for another.
+    """
+    pinned: int | None = json.loads(Path(checkpoint, PROGRESS_FILE).read_text()).get(GLOBAL_BATCH)
+    if pinned is None:
+        return None
+    batch, own = batch_of(config, world_size, pinned), batch_of(config, world_size).global_batch_size
+    if console is not None and own != pinned:
+        console.print(
+            f"The global batch stays {pinned}, as {Path(checkpoint).name} has it: accumulation {batch.accumulation} "
+            f"(the config alone would make it {own} here).",
+            highlight=False,
+            soft_wrap=True,
+        )
+    return pinned
 
 
 def _check_same_run(checkpoint: Path, config: TrainConfig, allow_change: bool) -> None:

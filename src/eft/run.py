@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, set_seed
 
-from eft.builder import HFCausalTrainerBuilder, as_config, require_trackers
+from eft.builder import HFCausalTrainerBuilder, as_config
 from eft.config.dump import show_config
 from eft.config.load import LoadedConfig
 from eft.config.root import TrainConfig
@@ -29,12 +29,13 @@ from eft.models.compile import check_compiler
 from eft.models.kernels import check_liger
 from eft.optim.optimizers import check_optimizer
 from eft.optim.schedulers import schedule_options
+from eft.parallel.deepspeed import check_deepspeed
 from eft.parallel.engine import check_device
 from eft.parallel.group import from_first_rank, is_first_rank, process_group, share_threads, wait_for_all
 from eft.parallel.plan import Degrees, batch_of
 from eft.parallel.state_dict import is_sharded
 from eft.parallel.watch import stall_watch
-from eft.resume import checkpoint_to_resume, claim_for_all, folder_request
+from eft.resume import checkpoint_to_resume, claim_for_all, folder_request, pinned_batch
 from eft.run_state import ExportSettings, Run
 from eft.runtime.disk import clear_disk_errors
 from eft.runtime.env import Environment
@@ -42,6 +43,7 @@ from eft.runtime.run_folder import FolderRequest, RunFolder, check_finished, che
 from eft.samples import SampleAnswers
 from eft.start_table import Rows, start_rows
 from eft.trainer.trainer import EftTrainer
+from eft.trainer.training_args import require_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +69,9 @@ def check_before_start(
     require_trackers(config)
     schedule_options(config)
     check_optimizer(config, environment.device.type)
-    check_device(Degrees.resolve(world_size or environment.world_size, config), environment.device.type)
+    degrees = Degrees.resolve(world_size or environment.world_size, config)
+    check_deepspeed(degrees)
+    check_device(degrees, environment.device.type)
     batch_of(config, world_size or environment.world_size)
     check_compiler(config, environment.device)
     check_liger(config, environment.device)
@@ -168,12 +172,12 @@ def _train_in_group(
     """What every process of a run does; rank 0 alone writes what belongs to all."""
     folder = claim_for_all(request)
     try:
+        checkpoint, pinned = from_first_rank(lambda: _where_to_go_on(config, folder, console, request.allow_change))
         set_seed(config.seed)
-        run = _assemble(config, folder, tokenizer, meta, console)
+        run = _assemble(config, folder, tokenizer, meta, console, pinned)
         _write_start(run, origins)
         if on_start is not None:
             on_start(start_rows(config, run.trainer, run.meta), run.meta)
-        checkpoint = from_first_rank(lambda: checkpoint_to_resume(config, folder, console, request.allow_change))
         run.trainer.parts.checkpoint.allow_change = request.allow_change
         if checkpoint is None and run.export.verify and is_first_rank() and not is_sharded(run.model):
             rehearse_run_export(run)
@@ -188,19 +192,30 @@ def _train_in_group(
     return run
 
 
+def _where_to_go_on(
+    config: TrainConfig, folder: RunFolder, console: Console | None, allow_change: bool
+) -> tuple[str | None, int | None]:
+    """The checkpoint to continue from, and its global batch; before the model is loaded."""
+    checkpoint = checkpoint_to_resume(config, folder, console, allow_change)
+    if checkpoint is None:
+        return None, None
+    return checkpoint, pinned_batch(config, checkpoint, Environment.detect().world_size, console)
+
+
 def _assemble(
     config: TrainConfig,
     folder: RunFolder,
     tokenizer: PreTrainedTokenizerBase,
     meta: DatasetMeta,
     console: Console | None,
+    pinned: int | None,
 ) -> Run:
     if meta.ledger is not None:
         meta.ledger.check()
     _warn_without_end_token(config, tokenizer)
     model = load_trainable_model(config, tokenizer)
     builder = HFCausalTrainerBuilder(config, model, tokenizer, meta.processor)
-    builder.console = console
+    builder.console, builder.pinned_global_batch_size = console, pinned
     builder.keys_read_before, builder.keys_of_others = meta.keys_read, KEYS_OF_RUN
     builder.train_dataset, builder.eval_dataset = meta.train_dataset, meta.eval_dataset
     # The plan decides the steps; a number from elsewhere would only repeat it.

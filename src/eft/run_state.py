@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from eft.callbacks.context import RunOutcome
 from eft.config.root import TrainConfig
 from eft.data.dataset_meta import DatasetMeta
+from eft.models.weight_start import starts_from_weights
 from eft.runtime.run_folder import RunFolder
 from eft.samples import SampleAnswers
 from eft.trainer.trainer import EftTrainer
@@ -29,6 +30,8 @@ class ExportSettings:
     def of(cls, config: TrainConfig) -> ExportSettings:
         """The config's settings."""
         dtype = getattr(torch, config.save_dtype) if config.save_dtype is not None else None
+        if dtype is None and config.adapter is not None and starts_from_weights(config.peft_init_lora_weights):
+            dtype = torch.float32  # the change is the small difference of two large products
         return cls(dtype, config.verify_saves != "never", config.gguf_file)
 
 

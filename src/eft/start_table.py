@@ -154,7 +154,7 @@ def mixture_text(sources: Sequence[SourceLedger]) -> str:
 def _step_rows(config: TrainConfig, summary: dict[str, Any], world_size: int) -> Rows:
     total, per_step = summary["total_steps"], summary.get("tokens_per_step")
     by = f" (by {summary['decided_by']}; the epochs alone give {summary['plan_steps']:,})"
-    accumulation = batch_of(config, world_size).accumulation
+    accumulation = batch_of(config, world_size, summary["global_batch_size"]).accumulation
     return [
         ("steps", f"{total:,}{by if summary['plan_steps'] != total else ''}"),
         (

@@ -11,6 +11,8 @@ from eft.config.usage import KEYS_OF_RUN
 
 SOURCE = Path(__file__).parents[2] / "src" / "eft"
 
+LAUNCHERS = ("cli/train.py", "cli/ray_run.py", "parallel/ray_train.py")
+
 NOT_YET: frozenset[str] = frozenset()
 """Declared keys whose reader is still to be written. Only ever made shorter."""
 
@@ -46,7 +48,7 @@ def test_the_keys_of_the_run_are_read_by_the_run() -> None:
     """Promise E8 takes it on trust that `eft.run` reads them, so here is the proof."""
     trees = [
         ast.parse((SOURCE / name).read_text())
-        for name in ("run.py", "run_state.py", "inputs.py", "finish.py", "resume.py", "samples.py")
+        for name in ("run.py", "run_state.py", "inputs.py", "finish.py", "resume.py", "samples.py", *LAUNCHERS)
     ]
     nodes = [node for tree in trees for node in ast.walk(tree)]
     read = {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}

@@ -63,11 +63,11 @@ class Job:
     """A running command."""
 
     process: subprocess.Popen[str]
-    started: float
 
     def rank(self, number: int, *, among: set[int] | None = None) -> int:
         """Process id of a rank of this job, once it is there."""
-        while time.monotonic() < self.started + 120:
+        end = time.monotonic() + 180
+        while time.monotonic() < end:
             for child in descendants(self.process.pid):
                 if environment_of(child).get("RANK") == str(number) and child not in (among or set()):
                     return child
@@ -80,11 +80,13 @@ class Job:
         return self.process.returncode, out
 
 
-def start(*arguments: object) -> Job:
-    """`eft ARGUMENTS`, output to a pipe."""
+def start(*arguments: object, planted: Path | None = None) -> Job:
+    """`eft ARGUMENTS`, output to a pipe; `planted`: a folder whose sitecustomize.py every process of it runs first."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)
+    if planted is not None:
+        environment["PYTHONPATH"] = os.pathsep.join([str(planted), os.environ.get("PYTHONPATH", "")])
     process = subprocess.Popen(
         [sys.executable, "-m", "eft.cli", *map(str, arguments)],
         stdout=subprocess.PIPE,
@@ -92,7 +94,7 @@ def start(*arguments: object) -> Job:
         text=True,
         env=environment,
     )
-    return Job(process, time.monotonic())
+    return Job(process)
 
 
 def wait_for_checkpoint(output: Path, step: int) -> None:

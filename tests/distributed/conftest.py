@@ -9,6 +9,7 @@ import pytest
 from tests.distributed.ranks import Ranks, ranks
 from tests.functional.conftest import (  # noqa: F401  # fixtures
     make_config,
+    make_trainer,
     model_folder,
     prepared_path,
     rows_file,

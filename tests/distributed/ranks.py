@@ -88,7 +88,9 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
     # Ours are not changed in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     warnings.filterwarnings("ignore", message="DTensor random operators may not have complete support")
-    _forget()
+    # DeepSpeed 0.19 calls collectives by the names that torch 2.13 has replaced.
+    warnings.filterwarnings("ignore", message="`torch.distributed.* is deprecated", category=FutureWarning)
+    forget_devices()
     dist.init_process_group(
         "gloo",
         init_method=f"tcp://127.0.0.1:{port}",
@@ -102,14 +104,14 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
         except EOFError:
             return
         try:
-            _forget()
+            forget_devices()
             answer = ("", work(rank, *arguments))
         except BaseException:
             answer = (traceback.format_exc(), None)
         pipe.send(answer)
 
 
-def _forget() -> None:
+def forget_devices() -> None:
     """accelerate keeps what it once found out in class attributes, also across a fork."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()

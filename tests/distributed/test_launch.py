@@ -88,3 +88,55 @@ def test_a_wrong_config_is_said_once_and_before_any_process_is_started(tmp_path:
     assert code == 2
     assert text.count("global_batch_size: 3 is no multiple of") == 1
     assert "starting:" not in text
+
+
+PLANTED = """
+import os
+import signal
+
+if os.environ.get("RANK") == "1":
+
+    def fail(*arguments):
+        raise ValueError("a planted fault")
+
+    signal.signal(signal.SIGUSR2, fail)
+"""
+
+
+def test_a_failing_rank_ends_the_job_with_its_own_traceback_first(tmp_path: Path) -> None:
+    config = write_run(tmp_path, max_steps=400)
+    (tmp_path / "planted").mkdir()
+    (tmp_path / "planted" / "sitecustomize.py").write_text(PLANTED)
+    job = start("train", config, "--nproc", 2, planted=tmp_path / "planted")
+    wait_for_checkpoint(tmp_path / "out", 4)
+    failed = time.monotonic()
+    kill(job.rank(1), signal.SIGUSR2)
+    code, text = job.end()
+    print(f"ended after {time.monotonic() - failed:.1f} s:\n{text[-4000:]}")
+    assert time.monotonic() - failed < 60
+    assert code == 1
+    assert text.count("Traceback (most recent call last)") == text.count("ValueError: a planted fault") == 1
+    assert "(rank 1 failed first, exit code 1; all output: " in text
+
+
+def test_a_stop_file_stops_also_where_lost_processes_are_started_again(tmp_path: Path) -> None:
+    config = write_run(tmp_path, max_steps=400)
+    job = start("train", config, "--nproc", 2, "--max-restarts", 3)
+    wait_for_checkpoint(tmp_path / "out", 4)
+    (tmp_path / "out" / "STOP").touch()
+    code, text = job.end()
+    assert code == 75, text
+    assert text.count("the same command continues") == 1
+    assert "Continuing the unfinished run" not in text
+
+
+def test_accelerates_launcher_starts_the_same_run(tmp_path: Path) -> None:
+    config = write_run(tmp_path, max_steps=4)
+    code, text = start("train", config, f"output_dir={tmp_path / 'ours'}", "--nproc", 2).end()
+    assert code == 0, text
+    code, text = start("train", config, "--nproc", 2, "--launcher", "accelerate").end()
+    assert code == 0, text
+    assert "starting: accelerate launch --multi_gpu" in text
+    assert losses(tmp_path / "out") == losses(tmp_path / "ours")
+    for folder in ("out", "ours"):
+        assert len(list((tmp_path / folder / "checkpoint-4").glob("rng_*.json"))) == 2, "two processes"

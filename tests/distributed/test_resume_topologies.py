@@ -24,6 +24,9 @@ WAYS: dict[str, dict[str, Any]] = {
     "FSDP2": {"fsdp_version": 2},
     "HSDP": {"dp_shard_size": 2, "dp_replicate_size": 2},
     "CP": {"context_parallel_size": 2},
+    "FSDP2 in parts": {"fsdp_config": {"cpu_ram_efficient_loading": True}},
+    "TP": {"tensor_parallel_size": 2},
+    "TP × FSDP2": {"tensor_parallel_size": 2, "fsdp_version": 2},
 }
 KEYS: dict[str, Any] = {"save_strategy": "steps", "save_steps": 100}
 
@@ -114,6 +117,17 @@ def test_four_to_one_to_four(first: str, kind: str, four: Ranks, tmp_path: Path)
 @pytest.mark.slow
 def test_context_parallel_to_sharded(two: Ranks, tmp_path: Path) -> None:
     check("llama", [("CP", two), ("FSDP2", two), ("CP", two)], tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["llama", slow("llama lora"), slow("qwen3_moe"), slow("qwen3 lora")])
+def test_tensor_parallel_and_sharded_to_one_and_back(kind: str, four: Ranks, tmp_path: Path) -> None:
+    check(kind, [("TP × FSDP2", four), ("one", None), ("TP × FSDP2", four)], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["llama", "llama lora", "qwen3_moe"])
+def test_tensor_parallel_to_sharded_in_parts_and_back(kind: str, two: Ranks, tmp_path: Path) -> None:
+    check(kind, [("TP", two), ("FSDP2 in parts", two), ("TP", two)], tmp_path)
 
 
 @pytest.mark.parametrize("kind", [slow("llama tied"), "llama lora"])

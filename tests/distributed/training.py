@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 from transformers.distributed import DistributedConfig
 
@@ -19,6 +19,7 @@ from eft.builder import HFCausalTrainerBuilder
 from eft.config.load import config_from_mapping
 from eft.parallel.engine import load_time_sharding
 from eft.parallel.group import from_first_rank
+from eft.parallel.lora import remake_adapters
 from eft.parallel.plan import Degrees
 from eft.parallel.state_dict import full_tensors
 from eft.runtime.env import Environment
@@ -75,12 +76,16 @@ def rows(count: int = 41) -> list[dict[str, Any]]:
 
 
 def model_of(kind: str, split: DistributedConfig | None = None) -> PreTrainedModel:
-    """`family`, `family tied`, `family lora` or `family lora dropout`; the same weights every time.
+    """`family`, `family tied`, `family half` (bf16), `family lora` or `family lora dropout`; always the same weights.
 
     `split`: only this process's part.
     """
     family, _, adapter = kind.partition(" ")
     model = tiny_model(family, tie_word_embeddings=adapter == "tied")
+    if adapter == "half":
+        model.config.dtype = torch.bfloat16
+        for parameter in model.parameters():
+            parameter.data = parameter.data.bfloat16()
     if split is not None:
         folder = from_first_rank(partial(_saved, model))
         model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=split).train()
@@ -90,9 +95,15 @@ def model_of(kind: str, split: DistributedConfig | None = None) -> PreTrainedMod
     options = LoraConfig(r=4, lora_alpha=8, target_modules=targets, lora_dropout=0.1 * (adapter == "lora dropout"))
     torch.manual_seed(0)
     wrapped = get_peft_model(model, options)
+    if split is not None:
+        torch.manual_seed(0)
+        remake_adapters(wrapped)
     for name, parameter in wrapped.named_parameters():
         if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.1)
+            start = nn.init.normal_(torch.empty(parameter.shape), std=0.1)
+            if isinstance(parameter, DTensor):
+                start = distribute_tensor(start, parameter.device_mesh, parameter.placements, src_data_rank=None)
+            parameter.data.copy_(start)
     return wrapped  # type: ignore[no-any-return]
 
 
@@ -127,12 +138,18 @@ def settings(output: Path, **keys: Any) -> dict[str, Any]:
     }
 
 
-def build(kind: str, keys: dict[str, Any], evals: list[dict[str, Any]] | None = None) -> EftTrainer:
+def build(
+    kind: str,
+    keys: dict[str, Any],
+    evals: list[dict[str, Any]] | None = None,
+    trainer_class: type[EftTrainer] = CpuShimTrainer,
+) -> EftTrainer:
     """A trainer of this process's rank."""
     config = config_from_mapping(keys)
-    split = load_time_sharding(Degrees.resolve(Environment.detect().world_size, config))
+    degrees = Degrees.resolve(Environment.detect().world_size, config)
+    split = load_time_sharding(config, degrees, tiny_model(kind.partition(" ")[0]))
     builder = HFCausalTrainerBuilder(config, model_of(kind, split), tiny_tokenizer())
-    builder.trainer_class = CpuShimTrainer
+    builder.trainer_class = trainer_class
     builder.train_dataset, builder.eval_dataset = rows(), evals
     return builder.build()
 

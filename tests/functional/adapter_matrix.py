@@ -31,6 +31,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "LoRA": {"adapter": "lora"},
     "QLoRA": {"adapter": "qlora", "load_in_4bit": True},
     "DoRA": {"adapter": "lora", "peft_use_dora": True},
+    "PiSSA": {"adapter": "lora", "peft_init_lora_weights": "pissa"},
 }
 FAMILIES = {"Llama": "llama", "Qwen3": "qwen3", "Gemma3": "gemma3_text", "Qwen3-MoE": "qwen3_moe"}
 NEW_TOKENS = ["<one>", "<two>", "<three>", "<four>", "<five>"]
@@ -60,7 +61,7 @@ class Case:
         keys = {**METHODS[self.method], **ROWS[self.new_tokens]}
         if self.new_tokens == "whole":
             keys["lora_modules_to_save"] = ["embed_tokens"] if self.tied else ["embed_tokens", "lm_head"]
-        if self.family == "Qwen3-MoE" and self.method == "DoRA":  # which peft does not offer for fused experts
+        if self.family == "Qwen3-MoE" and self.method in ("DoRA", "PiSSA"):  # not offered for fused experts
             keys |= {"lora_target_linear": False, "lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
         return keys
 

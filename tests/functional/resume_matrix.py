@@ -267,6 +267,10 @@ def _same(left: Any, right: Any) -> bool:
     return left.dtype == right.dtype and torch.equal(left, right)
 
 
+BY_HAND = "## Other numbers of processes"
+"""From here on the page stays as it is."""
+
+
 def write_page(outcomes: dict[Case, list[str]]) -> None:
     """docs/resume.md: one table per moment."""
     held = sum(not found for found in outcomes.values())
@@ -296,7 +300,8 @@ def write_page(outcomes: dict[Case, list[str]]) -> None:
             marks = ["not run" if found is None else "=" if not found else f"differs: {found[0]}" for found in cells]
             lines.append(f"| {model}, {packing} | {' | '.join(marks)} |")
         lines.append("")
-    PAGE.write_text("\n".join(lines))
+    by_hand = "".join(PAGE.read_text().partition(BY_HAND)[1:]) if PAGE.is_file() else ""
+    PAGE.write_text("\n".join(lines) + "\n" + by_hand)
 
 
 def main() -> int:

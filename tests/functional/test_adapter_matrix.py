@@ -15,6 +15,7 @@ COVER = [
     Case("QLoRA", "Gemma3", True, "none"),
     Case("DoRA", "Qwen3", False, "none"),
     Case("DoRA", "Gemma3", True, "whole"),
+    Case("PiSSA", "Llama", True, "rows"),
 ]
 
 

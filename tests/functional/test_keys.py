@@ -239,7 +239,7 @@ TOUR: dict[str, dict[str, Any]] = {
 """Whole runs that together set almost every key to something else than its default."""
 
 NOT_TOURED = {
-    "tensor_parallel_size", "context_parallel_size",  # of several processes
+    "tensor_parallel_size", "context_parallel_size", "deepspeed",  # of several processes
     "base_model", "datasets", "learning_rate", "output_dir", "dataset_prepared_path", "sequence_len", "sample_packing",
     "verify_saves",  # set in every run here
     "lora_target_parameters", "load_in_8bit", "lora_model_dir", "test_datasets", "tokens",
@@ -249,6 +249,8 @@ NOT_TOURED = {
     "gguf_file", "chat_template_jinja", "tokenizer_config", "revision_of_model", "fp16", "tf32",  # files, hub, CUDA
     "use_wandb", "wandb_project", "wandb_entity", "wandb_name", "use_trackio", "trackio_project_name",
     "trackio_run_name", "use_mlflow", "mlflow_tracking_uri", "mlflow_experiment_name", "mlflow_run_name",  # trackers
+    "use_ray", "ray_num_workers", "resources_per_worker", "ray_placement_strategy", "ray_max_failures", "ray_run_name",
+    "ray_storage_path",  # in the tests of Ray
     "torch_compile_mode", "liger_rms_norm", "liger_rope", "liger_glu_activation",  # inductor, CUDA
 }  # fmt: skip
 

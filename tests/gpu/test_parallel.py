@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ MODES: dict[str, dict[str, Any]] = {
     "CP": {"context_parallel_size": 2},
     "CP in FSDP2": {"context_parallel_size": 2, "fsdp_version": 2},
     "TP": {"tensor_parallel_size": 2, "adapter": None},
+    "ZeRO-2": {"deepspeed": "zero2"},
+    "ZeRO-3": {"deepspeed": "zero3"},
 }
 
 
@@ -26,6 +29,8 @@ MODES: dict[str, dict[str, Any]] = {
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("mode", MODES)
 def test_two_gpus_train_as_one_does(mode: str, tmp_path: Path) -> None:
+    if "deepspeed" in MODES[mode] and find_spec("deepspeed") is None:
+        pytest.skip("the extra `deepspeed` is not installed")
     keys = {"lora_dropout": 0.0, "adam_epsilon": 1e-3, **MODES[mode]}
     if keys.get("adapter", "lora") is None:
         keys |= {"lora_target_linear": None, "lora_dropout": None}

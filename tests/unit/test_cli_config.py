@@ -61,7 +61,7 @@ def test_a_config_error_is_red_on_stderr_with_exit_code_2(tmp_path: Path, capsys
 
 def test_allow_unsupported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "run.yaml"
-    path.write_text(MINIMAL + "deepspeed: zero3.json\n")
+    path.write_text(MINIMAL + "deepcompile: true\n")
     assert run("config", "show", str(path)) == 2
     assert "--allow-unsupported" in capsys.readouterr().err
     assert run("config", "show", "--allow-unsupported", str(path)) == 0

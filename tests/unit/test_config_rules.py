@@ -34,6 +34,20 @@ CASES: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
         "chat_template_jinja",
         {"chat_template": "jinja", "chat_template_jinja": "x"},
     ),
+    ("deepspeed_is_known", {"deepspeed": "zero4"}, "deepspeed", {"deepspeed": "zero3"}),
+    (
+        "deepspeed_is_known",
+        {"deepspeed": {"zero_optimization": {"stage": 2, "bucket": 1}}},
+        "deepspeed",
+        {"deepspeed": {"zero_optimization": {"stage": 2, "reduce_bucket_size": 1}}},
+    ),
+    ("deepspeed_stands_alone", {"deepspeed": "zero2", **FSDP}, "deepspeed", {"deepspeed": "zero2"}),
+    (
+        "zero3_knows_lora_only",
+        {"deepspeed": "zero3", "adapter": "peft", "peft": {"peft_type": "IA3"}},
+        "deepspeed",
+        {"deepspeed": "zero3", **LORA},
+    ),
     ("jinja_needs_template_text", {"chat_template": "jinja"}, "chat_template", {"chat_template": "chatml"}),
     ("template_is_known", {"chat_template": "lama9"}, "chat_template", {"chat_template": "./own.jinja"}),
     (
@@ -338,6 +352,18 @@ CASES: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
         {**LORA, "peft_init_lora_weights": "orthogonal"},
     ),
     (
+        "start_from_weights_has_weights",
+        {**LORA, "peft_init_lora_weights": "pissa_niter_4", "peft_use_dora": True},
+        "peft_init_lora_weights",
+        {**LORA, "peft_init_lora_weights": "pissa_niter_4", "peft_use_rslora": True},
+    ),
+    (
+        "start_from_weights_has_weights",
+        {**LORA, "peft_init_lora_weights": "olora", "weight_decay": 0.1},
+        "peft_init_lora_weights",
+        {**LORA, "peft_init_lora_weights": "olora"},
+    ),
+    (
         "other_methods_bring_their_own_config",
         {"adapter": "peft"},
         "adapter",
@@ -362,10 +388,10 @@ CASES: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
         PACKED | {"context_parallel_size": 2},
     ),
     (
-        "tensor_parallelism_trains_whole_models",
-        LORA | {"tensor_parallel_size": 2},
+        "what_is_loaded_in_parts_is_plain",
+        LORA | {"tensor_parallel_size": 2, "peft_use_dora": True},
         "tensor_parallel_size",
-        {"tensor_parallel_size": 2},
+        LORA | {"tensor_parallel_size": 2},
     ),
     (
         "context_parallelism_is_packed",

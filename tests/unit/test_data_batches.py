@@ -10,6 +10,7 @@ import pytest
 
 from eft.core.errors import DataError
 from eft.core.records import TokenSample
+from eft.data.balance import RankShare
 from eft.data.batches import BatchSource, check_vocabulary
 from eft.data.collators import PackedCollator
 from eft.data.store import as_token_dataset, open_store, write_store
@@ -32,14 +33,10 @@ def source(vocabulary_rows: int, position_rows: int | None = None) -> BatchSourc
         num_epochs=1,
         max_steps=None,
         global_batch_size=1,
-        accumulation=1,
-        micro_batch_size=1,
+        share=RankShare(),
         eval_batch_size=1,
-        rank=0,
-        world_size=1,
         num_workers=0,
         pin_memory=False,
-        attention_cost_ratio=0.0,
         vocabulary_rows=vocabulary_rows,
         position_rows=position_rows,
     )

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from eft.config.data import DataConfig, DatasetConfig
 from eft.config.model import ModelConfig
@@ -202,6 +204,133 @@ def test_an_option_makes_a_new_store_exactly_where_it_changes_one(
     assert fingerprint == alone
     assert (alone != base) is (outcome == NEW)
     assert reused is (outcome == SAME)
+
+
+def bare_rows() -> list[dict[str, Any]]:
+    """Questions and answers, and nothing that any other key speaks of."""
+    return [{"messages": [turn("user", f"what {index}?"), turn("assistant", f"yes, {index}")]} for index in range(6)]
+
+
+WITHOUT_SAY: dict[str, list[Any]] = {
+    "field_system": ["rules"],
+    "field_tools": ["functions"],
+    "field_thinking": ["motive"],
+    "template_thinking_key": ["thoughts"],
+    "split_thinking": [True],
+    "drop_system_message": [True],
+    "message_field_training": ["skip"],
+    "message_field_training_detail": ["parts"],
+    "message_field_weight": ["heavy"],
+    "roles_to_train": [["assistant", "tool"], ["system", "assistant"]],
+    "rewritten_history": ["raise"],
+    "special_tokens_in_content": ["keep", "escape"],
+    "generation_tags": ["ignore"],
+}
+"""Keys of an entry that chat rows are read with, and values that decide nothing in rows without what they speak of."""
+BY_VALUE: dict[str, Any] = {
+    "message_property_mappings": {"name": "who"},
+    "roles": {"assistant": ["bot"]},
+    "turns_to_train": "last",
+    "train_on_eos": "last",
+    "train_on_eot": "last",
+}
+"""Keys that count by their value, also where another value gives the same samples."""
+
+
+def test_every_key_that_chat_rows_are_read_with_is_in_one_of_the_two(tmp_path: Path) -> None:
+    cfg = changed(write_rows(tmp_path / "rows.jsonl", bare_rows()), "", "", None)
+    (store,) = prepare_datasets(cfg, TOKENIZER).train.bases  # type: ignore[attr-defined]
+    always = {"field_messages", "path", "type", "train_on_inputs", "chat_template", "chat_template_jinja"}
+    read = set(store.meta["keys_read"]["spec"]) - always
+    assert read | {"generation_tags"} == set(WITHOUT_SAY) | set(BY_VALUE)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [(name, value) for name, values in WITHOUT_SAY.items() for value in values],
+    ids=str,
+)
+def test_a_key_that_had_nothing_to_decide_finds_the_store(tmp_path: Path, name: str, value: Any) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", bare_rows())
+    base, _ = content(path, changed(path, "", "", None), tmp_path / "a")
+    cfg = changed(path, "entry", name, value)
+    assert content(path, cfg, tmp_path / "a") == (base, True)
+    assert content(path, cfg, tmp_path / "b") == (base, False)
+
+
+@pytest.mark.parametrize("name", BY_VALUE)
+def test_the_other_keys_count_by_their_value_and_the_page_says_so(tmp_path: Path, name: str) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", bare_rows())
+    base, _ = content(path, changed(path, "", "", None), tmp_path / "a")
+    assert content(path, changed(path, "entry", name, BY_VALUE[name]), tmp_path / "a") == (base, False)
+    page = (Path(__file__).parents[2] / "docs/preparation.md").read_text()
+    sentence = " ".join(page.split()).partition("count by their value")[2].partition(". ")[0]
+    assert f"`{name}`" in sentence
+
+
+FEATURES: dict[str, dict[str, Any]] = {
+    "system turn": {"messages": [turn("system", "be brief"), turn("user", "what?"), turn("assistant", "yes")]},
+    "system column": {"rules": "be kind"},
+    "tools": {"tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]},
+    "other tools": {"functions": [{"type": "function", "function": {"name": "g", "parameters": {}}}]},
+    "reasoning": {"messages": [turn("user", "what?"), turn("assistant", "yes", motive="so")]},
+    "usual reasoning": {"messages": [turn("user", "what?"), turn("assistant", "yes", thinking="thus")]},
+    "tags": {"messages": [turn("user", "what?"), turn("assistant", f"{THINK}yes")]},
+    "special text": {"messages": [turn("user", "a <eos>?"), turn("assistant", "yes")]},
+    "marks": {"messages": [turn("user", "what?", skip=True), turn("assistant", "yes", heavy=0.5, skip=False)]},
+    "weight": {"messages": [turn("user", "what?"), turn("assistant", "yes", weight=0.5)]},
+    "text": {"messages": json.dumps([turn("user", "what?"), turn("assistant", "yes", motive="so")])},
+    "history": {
+        "messages": [
+            turn("user", "what?"),
+            turn("assistant", "yes", thinking="thus"),
+            turn("user", "more"),
+            turn("assistant", "no", thinking="then"),
+        ]
+    },
+    "unreadable": {"messages": [turn("user", "what?"), turn("assistant", "yes", weight="much")]},
+}
+ENTRY_VALUES: dict[str, list[Any]] = {
+    "field_system": ["system", "rules"],
+    "field_tools": ["tools", "functions"],
+    "field_thinking": ["reasoning_content", "motive", "thinking"],
+    "split_thinking": [False, True],
+    "drop_system_message": [False, True],
+    "message_field_training": [None, "skip"],
+    "message_field_weight": ["weight", "heavy"],
+    "roles_to_train": [["assistant"], ["assistant", "system"], ["assistant", "tool"]],
+    "special_tokens_in_content": ["error", "keep", "escape"],
+    "rewritten_history": ["split", "raise"],
+    "generation_tags": ["follow", "ignore"],
+}
+entries = st.fixed_dictionaries({name: st.sampled_from(values) for name, values in ENTRY_VALUES.items()})
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    features=st.lists(st.sampled_from(sorted(FEATURES)), max_size=3),
+    template=st.sampled_from(["chatml", "qwen3", "jinja"]),
+    first=entries,
+    changes=st.dictionaries(st.sampled_from(sorted(ENTRY_VALUES)), st.integers(0, 2), min_size=1, max_size=3),
+)
+def test_a_store_that_is_found_is_the_one_that_would_be_made(
+    tmp_path_factory: pytest.TempPathFactory,
+    features: list[str],
+    template: str,
+    first: dict[str, Any],
+    changes: dict[str, int],
+) -> None:
+    folder = tmp_path_factory.mktemp("found")
+    found = [{**row, **FEATURES[name]} for row, name in zip(bare_rows(), features, strict=False)]
+    path = write_rows(folder / "rows.jsonl", [*found, *bare_rows()])
+    second = first | {name: ENTRY_VALUES[name][at % len(ENTRY_VALUES[name])] for name, at in changes.items()}
+    text = {"chat_template_jinja": TAGGED} if template == "jinja" else {}
+    stores = []
+    for entry, location in ((first, "a"), (second, "a"), (second, "b")):
+        cfg = changed(path, "", "", None, chat_template=template, malformed_rows="drop", entry=entry, **text)
+        stores.append(content(path, cfg, folder / location))
+    assert stores[1][0] == stores[2][0]
+    assert not stores[2][1]
 
 
 MODEL_OPTIONS: dict[str, list[tuple[Any, str]]] = {

@@ -92,6 +92,12 @@ WRONG_CHATS: dict[str, tuple[dict[str, Any], str]] = {
         "data.jsonl row 17: no field 'messages', expected a list of turns; the row has mesages, id; did you mean "
         "`field_messages: mesages`?",
     ),
+    "rows of another format": (
+        {"conversations": [], "id": 1},
+        "no field 'messages', expected a list of turns; the row has conversations, id; rows with 'conversations' are "
+        "those of `type: sharegpt`",
+    ),
+    "a name of a role": (turns(("customer", "x")), "(a `roles` mapping adds names: {user: ['customer']})"),
     "null column": ({"messages": None}, "field 'messages' is null"),
     "no turns": ({"messages": []}, "field 'messages' is not a list with turns"),
     "broken JSON text": ({"messages": "[{"}, "'messages' is text but not JSON"),
@@ -115,7 +121,7 @@ WRONG_CHATS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "call with broken arguments": (
         {"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{"}]}]},
-        "'arguments of tool call 1' is text but not JSON",
+        "line 1 column 2 (char 1)); expected an object or JSON text",
     ),
     "tools are a number": ({**turns(("user", "x")), "tools": 3}, "tools are not a list of objects"),
 }

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from eft.core.constants import IGNORE_INDEX
 from eft.core.errors import DataError
 from eft.core.records import TokenSample
-from eft.data.balance import bin_costs, share_step
+from eft.data.balance import RankShare, bin_costs, share_step
 from eft.data.collators import Batch, PackedCollator, PaddedCollator
 from eft.data.loader import _one_ahead, build_eval_loader, build_train_loader
 from eft.data.plan import Plan, build_eval_plan, build_plan
@@ -59,15 +59,13 @@ def plan_of(dataset: FakeDataset, global_batch_size: int, **changes: Any) -> Pla
 
 def loader_of(dataset: FakeDataset, plan: Plan, shape: tuple[int, int, int], **changes: Any) -> DataLoader[Batch]:
     """`shape`: ranks, accumulation, micro-batch size."""
-    options: dict[str, Any] = {"rank": 0, "cursor": lambda: 0, **changes}
-    world_size, accumulation, micro_batch_size = shape
+    options: dict[str, Any] = {"cursor": lambda: 0, **changes}
+    share = RankShare(options.pop("rank", 0), *shape, options.pop("cost_ratio", 0.0))
     return build_train_loader(
         dataset,
         plan,
         options.pop("collator", PackedCollator()),
-        world_size=world_size,
-        accumulation=accumulation,
-        micro_batch_size=micro_batch_size,
+        share=share,
         **options,
     )
 

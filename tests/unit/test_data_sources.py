@@ -139,6 +139,7 @@ def test_arrow_padding_is_taken_out_of_structs_and_null_columns_stay(tmp_path: P
     assert rows_of(tmp_path / "a.jsonl") == [{"call": {"city": None}}]  # a null that the user wrote
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n"
 BROKEN: dict[str, tuple[str, bytes, str]] = {
     "broken line": ("a.jsonl", b'{"text": "x"}\n{"text": \n', "a.jsonl line 2, column 9: broken JSON"),
     "not an object": ("a.jsonl", b'{"text": "x"}\n"word"\n', "a.jsonl line 2: is a JSON str; expected an object"),
@@ -171,7 +172,17 @@ BROKEN: dict[str, tuple[str, bytes, str]] = {
         "a.json line 2: item 2 has the key 'a' twice",
     ),
     "an array that is not UTF-8": ("a.json", b'[{"a": "\xff"}]', "a.json: is not UTF-8 text"),
-    "UTF-16": ("a.jsonl", '{"a": 1}'.encode("utf-16"), "a.jsonl line 1: is not UTF-8 text"),
+    "UTF-16": ("a.jsonl", '{"a": 1}'.encode("utf-16"), "a.jsonl: is UTF-16 text, which is not read; expected UTF-8 ("),
+    "UTF-16 without its mark": ("a.jsonl", '{"a": 1}'.encode("utf-16-be"), "a.jsonl: is UTF-16 text"),
+    "CSV in UTF-16": ("a.csv", "a,b\n1,2\n".encode("utf-16"), "a.csv: is UTF-16 text"),
+    "a pointer of Git LFS": (
+        "a.jsonl",
+        POINTER,
+        "a.jsonl: is a pointer of Git LFS, not the data; expected its",
+    ),
+    "a pointer in place of Parquet": ("a.parquet", POINTER, "a.parquet: is a pointer of Git LFS"),
+    "CSV with semicolons": ("a.csv", b"a;b\n1;2\n", "a.csv line 1: names one column, 'a;b'; expected commas"),
+    "CSV with tabs": ("a.csv", b"a\tb\n1\t2\n", "expected commas between fields, not '\\t'"),
     "text after the array": ("a.json", b'[{"a": 1}] {"a": 2}', "text after the end of the array"),
     "CSV that is not UTF-8": ("a.csv", b"a,b\n1,2\n\xff,4\n", "a.csv line 3: cannot be read as CSV"),
     "CSV with a column twice": ("a.csv", b"a,a\n1,2\n", "a.csv line 1: the column 'a' is named twice"),
@@ -203,6 +214,19 @@ def test_a_broken_file_gives_one_message(tmp_path: Path, case: str) -> None:
     name, content, message = BROKEN[case]
     (tmp_path / name).write_bytes(content)
     assert message in error_of(tmp_path / name)
+
+
+def test_a_part_of_more_than_the_whole_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(jsonl())
+    with pytest.raises(DataError, match=r"split 'train\[:200%\]' asks for more than the whole; expected 0% to 100%"):
+        list(iter_rows(spec(tmp_path / "a.jsonl", split="train[:200%]")))
+
+
+def test_the_same_bytes_under_another_compression_are_other_rows(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "a.jsonl.gz", "b.jsonl.gz"):
+        (tmp_path / name).write_bytes(gzip.compress(jsonl()))
+    plain, packed, moved = (source_fingerprint(spec(tmp_path / n)) for n in ("a.jsonl", "a.jsonl.gz", "b.jsonl.gz"))
+    assert plain != packed == moved
 
 
 def test_unreadable_lines_can_be_left_out_and_are_reported(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from eft.config.load import config_from_mapping
 from eft.config.root import TrainConfig
 from eft.core.errors import ConfigError, DataError
+from eft.data.balance import RankShare
 from eft.data.collators import Groups, PackedCollator
 from eft.data.ledger import Ledger
 from eft.data.loader import build_stream_loader
@@ -127,10 +128,7 @@ def test_every_world_size_trains_the_same_global_batches(
         loader = build_stream_loader(
             plan_of_stream(config, stream, 4),
             lambda bins: {"bins": bins},
-            rank=rank,
-            world_size=world_size,
-            accumulation=accumulation,
-            micro_batch_size=micro_batch_size,
+            share=RankShare(rank, world_size, accumulation, micro_batch_size),
             cursor=lambda: 0,
         )
         batches = list(loader)
@@ -331,9 +329,7 @@ def test_workers_give_the_same_steps(two_files: list[Path]) -> None:
 
 def test_batches_say_which_data_set_each_trained_token_is_of(two_files: list[Path]) -> None:
     plan = plan_of(config_of(two_files))
-    loader = build_stream_loader(
-        plan, PackedCollator(), rank=0, world_size=1, accumulation=4, micro_batch_size=1, cursor=lambda: 0
-    )
+    loader = build_stream_loader(plan, PackedCollator(), share=RankShare(accumulation=4), cursor=lambda: 0)
     for batch in loader:
         groups = batch["groups"]
         assert isinstance(groups, Groups)

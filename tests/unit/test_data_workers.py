@@ -95,24 +95,21 @@ def test_a_worker_that_dies_is_told_and_what_is_finished_is_kept(
 ) -> None:
     path = rows_file(tmp_path / "chats.jsonl", 600)
     cfg = config(path, type="chat_template", malformed_rows="drop", dataset_processes=2)
-    started: list[Any] = []
-    start = workers._Worker.__init__
-
-    def remember(self: Any) -> None:
-        start(self)
-        started.append(self.process)
-
-    monkeypatch.setattr(workers._Worker, "__init__", remember)
+    started: list[psutil.Process] = []
     reports: list[int] = []
 
     def kill_one(*report: Any) -> None:
         reports.append(1)
         if len(reports) == 6:
-            os.kill(started[0].pid, signal.SIGKILL)  # as the kernel does when memory is full
+            started.extend(psutil.Process().children(recursive=True))
+            one = next(process for process in started if process.ppid() != os.getpid())
+            one.kill()  # as the kernel does when memory is full
 
     with pytest.raises(DataError, match="ended by signal 9 .*fewer `dataset_processes`.*what it finished is kept"):
         prepare_datasets(cfg, TOKENIZER, progress=kill_one)
-    assert all(process.poll() is not None for process in started)
+    assert len(started) == 3
+    psutil.wait_procs(started, timeout=20)
+    assert not any(process.is_running() for process in started)
     assert list((tmp_path / "cache").glob(".partial-*/manifest.jsonl"))
     prepared = prepare_datasets(cfg, TOKENIZER)
     assert "; went on after " in prepared.cache_note
@@ -128,7 +125,7 @@ def test_workers_end_in_silence_when_the_main_process_is_killed(
     def kill(*report: Any) -> None:
         reports.append(1)
         if len(reports) == 3:
-            workers = [process.pid for process in psutil.Process().children()]
+            workers = [process.pid for process in psutil.Process().children(recursive=True)]
             (tmp_path / "workers").write_text(json.dumps(workers))
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -138,7 +135,7 @@ def test_workers_end_in_silence_when_the_main_process_is_killed(
         os._exit(1)
     os.waitpid(child, 0)
     pids = json.loads((tmp_path / "workers").read_text())
-    assert len(pids) == 2
+    assert len(pids) == 3
     deadline = time.monotonic() + 20
     while any(map(psutil.pid_exists, pids)) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -158,6 +155,13 @@ def test_workers_end_with_their_reader(tmp_path: Path) -> None:
 def test_a_worker_needs_no_torch() -> None:
     code = "import sys, eft.data.worker, eft.data.block_encoder; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_nothing_runs_beside_what_the_workers_are_forked_from() -> None:
+    """A fork has one thread; what others held stays locked in it."""
+    code = "import os, sys, eft.data.worker, eft.data.bpe; sys.exit(len(os.listdir('/proc/self/task')) - 1)"
+    environment = {**os.environ, **workers._ENVIRONMENT}
+    assert subprocess.run([sys.executable, "-c", code], check=False, env=environment).returncode == 0
 
 
 def test_a_small_data_set_is_done_by_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

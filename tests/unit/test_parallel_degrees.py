@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from eft.config.load import config_from_mapping
 from eft.config.parallel import ParallelConfig
 from eft.core.errors import ConfigError, ModelError
-from eft.parallel.engine import TENSOR_PARALLEL_FAMILIES, check_family
+from eft.parallel.engine import accelerator_arguments, load_time_sharding
 from eft.parallel.plan import Degrees
+from eft.parallel.tensor import SUMMED_STYLE, exact_plan
+from tests.tiny_models import tiny_model
 
 SIZES = st.one_of(st.none(), st.integers(1, 9))
 
@@ -67,6 +69,9 @@ def test_degrees_multiply_to_the_processes_or_are_refused_by_key(
         (4, {"dp_shard_size": 2}, "HSDP 2 × 2"),
         (8, {"dp_replicate_size": 2, "fsdp_version": 2}, "HSDP 2 × 4"),
         (2, {"tensor_parallel_size": 2}, "TP 2"),
+        (4, {"tensor_parallel_size": 2}, "DDP 2 × TP 2"),
+        (4, {"tensor_parallel_size": 2, "fsdp_version": 2}, "FSDP2 2 × TP 2"),
+        (8, {"tensor_parallel_size": 2, "dp_shard_size": 2}, "HSDP 2 × 2 × TP 2"),
         (4, {"context_parallel_size": 2}, "DDP 2 × CP 2"),
         (1, {"fsdp_version": 2}, "one process"),
     ],
@@ -79,7 +84,6 @@ def test_what_the_keys_mean(world: int, keys: dict[str, Any], text: str) -> None
     ("world", "keys", "message"),
     [
         (4, {"tensor_parallel_size": 3}, "tensor_parallel_size: 3 does not divide 4 processes; use 2"),
-        (4, {"tensor_parallel_size": 2}, "tensor_parallel_size: 2 leaves 2 data-parallel processes beside it"),
         (6, {"dp_shard_size": 4}, r"dp_shard_size: 4 does not divide 6 \(6 processes\); use 3"),
         (
             8,
@@ -108,7 +112,11 @@ BASE = {"base_model": "x", "datasets": [{"path": "x", "type": "alpaca"}], "learn
             {"context_parallel_size": 2, "attn_implementation": "sdpa", "sample_packing": True},
             "attn_implementation: eft",
         ),
-        ({"tensor_parallel_size": 2, "adapter": "lora", "lora_target_linear": True}, "use `fsdp_version: 2`"),
+        (
+            {"tensor_parallel_size": 2, "adapter": "lora", "lora_target_linear": True, "peft_use_dora": True},
+            "whole mat",
+        ),
+        ({"fsdp_config": {"cpu_ram_efficient_loading": True, "min_num_params": 9}}, "`fsdp_config: min_num_params` is"),
         (
             {"tensor_parallel_size": 2, "context_parallel_size": 2, "sample_packing": True},
             "both split the attention heads",
@@ -122,9 +130,31 @@ def test_contradictions_between_keys(keys: dict[str, Any], message: str) -> None
         config_from_mapping({**BASE, **keys})
 
 
-def test_tensor_parallelism_of_a_family_that_was_not_shown_is_refused_by_name() -> None:
-    for family in TENSOR_PARALLEL_FAMILIES:
-        check_family(Degrees(2, tp=2), family)
-    check_family(Degrees(2, dp_replicate=2), "qwen3_moe")
-    with pytest.raises(ModelError, match="tensor_parallel_size: not offered for qwen3_moe"):
-        check_family(Degrees(2, tp=2), "qwen3_moe")
+def test_a_plan_is_exact_changed_or_refused_by_its_styles() -> None:
+    plan = {"layers.*.q_proj": "colwise", "layers.*.o_proj": "rowwise", "embed_tokens": "embedding_rowwise"}
+    assert exact_plan(plan, "llama") == {}
+    partial = {"layers.*.q_norm": "replicated_with_grad_allreduce"}
+    changes = exact_plan(plan | partial, "qwen3")
+    assert changes == {"layers.*.q_norm": SUMMED_STYLE}
+    assert exact_plan(plan | changes, "qwen3") == {}
+    with pytest.raises(ModelError, match="not offered for odd: its plan splits layers.x as `sideways`"):
+        exact_plan(plan | {"layers.x": "sideways"}, "odd")
+    with pytest.raises(ModelError, match="no plan for opt"):
+        exact_plan({}, "opt")
+
+
+def test_what_is_split_at_load_is_told_to_transformers_and_the_rest_to_accelerate() -> None:
+    keys = ParallelConfig(tensor_parallel_size=2, dp_shard_size=2, fsdp_config={"offload_params": True})
+    degrees = Degrees.resolve(8, keys)
+    split = load_time_sharding(keys, degrees, tiny_model("llama"))
+    assert split is not None
+    assert (split.tp_size, split.fsdp_size, split.dp_replicate_size, split.fsdp_cpu_offload) == (2, 2, 2, True)
+    assert accelerator_arguments(keys, degrees) == {}
+    keys = ParallelConfig(fsdp_config={"cpu_ram_efficient_loading": True})
+    split = load_time_sharding(keys, Degrees.resolve(4, keys), tiny_model("gpt_neox"))
+    assert split is not None
+    assert (split.tp_size, split.fsdp_size) == (1, 4)
+    with pytest.raises(ConfigError, match="4 does not divide num_key_value_heads 2 of this llama; use one of 1, 2"):
+        load_time_sharding(keys, Degrees(4, tp=4, in_parts=True), tiny_model("llama"))
+    for keys in (ParallelConfig(fsdp_version=2), ParallelConfig()):
+        assert load_time_sharding(keys, Degrees.resolve(4, keys), tiny_model("gpt_neox")) is None

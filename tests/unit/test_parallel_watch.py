@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import threading
-from pathlib import Path
 
 import pytest
 from torch.distributed import HashStore
-from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from eft.core.errors import ConfigError
-from eft.parallel.launch import Fleet, failure_text, shown, torchrun_command
+from eft.parallel.launch import Fleet, shown, torchrun_command
 from eft.parallel.watch import StallWatch, place_of
 
 
 def test_a_neighbour_that_falls_silent_is_named_with_the_line_it_was_at() -> None:
-    store, said = HashStore(), []
+    store, said, silent = HashStore(), [], []
     heard = threading.Event()
 
-    def listen(message: str) -> None:
+    def listen(message: str, pid: int | None) -> None:
         said.append(message)
+        silent.append(pid)
         heard.set()
 
-    store.set("eft/alive/0/1", json.dumps([1, "model.py:7 in forward: x = y (waits in all_reduce, c10d.py:3)"]))
+    store.set("eft/alive/0/1", json.dumps([1, "model.py:7 in forward: x = y (waits in all_reduce, c10d.py:3)", 77]))
     watch = StallWatch(store, 0, 2, 2.0, listen)
     watch.start()
     assert heard.wait(20)
@@ -32,17 +34,35 @@ def test_a_neighbour_that_falls_silent_is_named_with_the_line_it_was_at() -> Non
         "rank 1 of 2 has not answered for 2 s: it was last at model.py:7 in forward: x = y (waits"
     )
     assert "Rank 0 is at " in said[0]
+    assert silent == [77]
 
 
 def test_neighbours_that_answer_or_have_said_goodbye_are_left_alone() -> None:
     store, said = HashStore(), []
-    watches = [StallWatch(store, rank, 2, 2.0, said.append) for rank in range(2)]
+    watches = [StallWatch(store, rank, 2, 4.0, lambda *message: said.append(message)) for rank in range(2)]
     for watch in watches:
         watch.start()
     watches[1].stop()
-    threading.Event().wait(4)
+    threading.Event().wait(2)
     watches[0].stop()
     assert said == []
+
+
+def test_who_has_left_is_not_waited_for_without_end() -> None:
+    """Nobody leaves before all are done, so one that has left leaves the others in a collective that never ends."""
+    store, said, heard = HashStore(), [], threading.Event()
+
+    def listen(message: str, pid: int | None) -> None:
+        said.append((message, pid))
+        heard.set()
+
+    store.set("eft/alive/0/1", "done")
+    watch = StallWatch(store, 0, 2, 1.0, listen)
+    watch.start()
+    assert heard.wait(20)
+    watch.stop()
+    assert said[0][0].startswith("rank 1 of 2 has ended, but rank 0 is still at ")
+    assert said[0][1] is None
 
 
 def test_the_place_of_a_thread_names_its_line() -> None:
@@ -50,43 +70,33 @@ def test_the_place_of_a_thread_names_its_line() -> None:
     assert "place_of" in place or "test_parallel_watch.py" in place
 
 
-@pytest.mark.parametrize(
-    ("content", "code", "expected"),
-    [
-        (
-            {"message": "ConfigError: no such thing", "extraInfo": {"py_callstack": "Trace", "timestamp": "1"}},
-            2,
-            "error: no",
-        ),
-        (
-            {"message": "ValueError: odd", "extraInfo": {"py_callstack": "Trace\nValueError: odd", "timestamp": "1"}},
-            1,
-            "Trace",
-        ),
-    ],
-)
-def test_the_first_failure_speaks_first(content: dict[str, object], code: int, expected: str, tmp_path: Path) -> None:
-    file = tmp_path / "error.json"
-    file.write_text(json.dumps({"message": content}))
-    text = failure_text(1, ProcessFailure(1, 0, code, str(file)), tmp_path)
-    assert text.startswith(expected)
-    assert f"(rank 1 failed first, exit code {code}; all output: {tmp_path})" in text
-
-
-def test_a_killed_rank_is_named_with_the_signal_and_its_last_lines(tmp_path: Path) -> None:
-    (tmp_path / "attempt_0" / "1").mkdir(parents=True)
-    (tmp_path / "attempt_0" / "1" / "stderr.log").write_text("the last words\n")
-    text = failure_text(1, ProcessFailure(1, 0, -9, str(tmp_path / "none")), tmp_path)
-    assert text.startswith("rank 1 was ended by signal 9\nthe last words")
-
-
 def test_the_command_for_several_machines() -> None:
-    command = torchrun_command(Fleet(8, 2, "host:29500"), ["train", "run.yaml", "output_dir=a b"])
+    fleet, arguments = Fleet(8, 2, "host:29500"), ["train", "run.yaml", "output_dir=a b"]
+    command = torchrun_command(fleet, arguments)
     assert shown(command) == (
         "torchrun --nnodes=2 --nproc-per-node=8 --max-restarts=0 --rdzv-backend=c10d --rdzv-endpoint=host:29500 "
-        "--rdzv-id=eft-launch -m eft.cli train run.yaml 'output_dir=a b'"
+        f"--rdzv-id={fleet.run_id(arguments)} -m eft.cli train run.yaml 'output_dir=a b'"
     )
     with pytest.raises(ConfigError, match="--rendezvous HOST:PORT"):
         Fleet(8, 2)
     with pytest.raises(ConfigError, match="--max-restarts: not offered over several machines"):
         Fleet(8, 2, "host:29500", 3)
+
+
+END = """
+import os, subprocess, sys
+sleeper = subprocess.Popen(["sleep", "60"])
+if os.fork() == 0:
+    from eft.parallel.watch import end_process
+    end_process("rank 1 is silent", sleeper.pid)
+print(os.waitstatus_to_exitcode(os.wait()[1]), os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+
+
+def test_a_silent_process_of_the_same_launcher_is_killed_and_no_other() -> None:
+    """A stopped process does not hear that it is to end."""
+    done = subprocess.run([sys.executable, "-c", END], capture_output=True, text=True, timeout=120, check=True)
+    assert sorted(done.stdout.split()) == ["-9", "1"]
+    assert done.stderr == "error: rank 1 is silent\n"
+    code = f"from eft.parallel.watch import end_process; end_process('silent', {os.getpid()})"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120, check=False).returncode == 1

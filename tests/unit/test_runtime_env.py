@@ -74,6 +74,7 @@ def test_precision(keys: dict[str, Any], env: Environment, dtype: torch.dtype, r
     [
         ({"fp16": True, "bf16": True}, CUDA, "fp16: `bf16: true` is set too"),
         ({"fp16": True}, CPU, "fp16: needs CUDA, but the device is cpu"),
+        ({"tf32": True}, CPU, "tf32: not used because the device is cpu"),
         ({"bf16": True}, OLD_CUDA, "bf16: the GPU does not compute bf16 natively; set `bf16: false`"),
         ({"bfloat16": True}, OLD_CUDA, "bfloat16: the GPU does not compute bf16 natively; remove it"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -55,6 +56,12 @@ class Halves:
 
     def like(self, name: str, parameter: Tensor, part: Tensor) -> Tensor:
         return part
+
+    def by_parameter(self, optimizer: torch.optim.Optimizer) -> AbstractContextManager[torch.optim.Optimizer]:
+        return nullcontext(optimizer)
+
+    def loaded(self, model: nn.Module) -> None:
+        pass
 
 
 class HalfModel(nn.Module):

@@ -71,9 +71,11 @@ class StartChecks(TrainerCallback):
         assert self.audit is not None
         parameters, updated = dict(model.named_parameters()), optimizer.state
         # Optimizers keep state from a parameter's first gradient on, all zeros while its gradients are; plain SGD keeps
-        # none, and cannot tell.
+        # none, and cannot tell; nor can ZeRO, whose state is that of flat buffers.
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         return bool(self.audit.idle) and all(
-            not updated or _has_moments(updated.get(parameters[name], {})) for name in self.audit.idle
+            not updated or id(parameters[name]) not in held or _has_moments(updated.get(parameters[name], {}))
+            for name in self.audit.idle
         )
 
     def _record(self, result: PromiseResult) -> None:

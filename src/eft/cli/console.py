@@ -77,4 +77,6 @@ def quiet_libraries() -> None:
     datasets.disable_progress_bars()
     # Deprecations between the libraries (peft calls a name that transformers has renamed) are not the user's to mend.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft")
+    # DeepSpeed 0.19 calls collectives by the names that torch 2.13 has replaced.
+    warnings.filterwarnings("ignore", message="`torch.distributed.* is deprecated", category=FutureWarning)
     warnings.filterwarnings("ignore", message=r"The PEFT config's `base_model_name_or_path` was renamed", module="peft")

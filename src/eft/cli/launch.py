@@ -11,9 +11,9 @@ from typing import Annotated
 
 import typer
 
-from eft.cli.console import console, error_console
-from eft.core.constants import EXIT_FAILED, EXIT_USAGE
-from eft.core.errors import ConfigError, EftError, PromiseBroken, RunFinished
+from eft.cli.console import console, error_console, print_error
+from eft.core.constants import EXIT_FAILED, EXIT_OK
+from eft.core.errors import ConfigError, PromiseBroken, RunFinished
 
 
 class Launcher(StrEnum):
@@ -21,6 +21,7 @@ class Launcher(StrEnum):
 
     TORCHRUN = "torchrun"
     ACCELERATE = "accelerate"
+    RAY = "ray"
     NONE = "none"
 
 
@@ -60,21 +61,36 @@ def recorded_failures() -> Iterator[None]:
     if not is_started():
         yield
         return
-    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-
+    from eft.parallel.failures import exit_code_of, record_failure, record_stop
     from eft.parallel.launch import RUN_ID
+    from eft.parallel.watch import end_with_launcher
+
+    run_id, restarts = os.environ.get("TORCHELASTIC_RUN_ID", ""), os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    ours = run_id.startswith(RUN_ID)
+    if run_id:
+        end_with_launcher()
+
+    def end(code: int) -> typer.Exit:
+        """torchrun would start again, at once, what was asked to stop, what a guard stopped, what broke a promise."""
+        if not ours or restarts == "0":
+            return typer.Exit(code)
+        record_stop(code)
+        return typer.Exit(EXIT_OK)
 
     try:
         yield
-    except (typer.Exit, RunFinished):
+    except RunFinished:
         raise
+    except typer.Exit as stop:
+        raise end(stop.exit_code) if stop.exit_code else stop from None
     except Exception as error:
-        get_error_handler().record_exception(error)
-        if os.environ.get("TORCHELASTIC_RUN_ID") != RUN_ID:
+        if ours and restarts != "0" and isinstance(error, PromiseBroken):
+            print_error(error)
+            raise end(EXIT_FAILED) from error
+        record_failure(error)
+        if not ours:
             raise
-        # Exit codes as `main` has them.
-        wrong = isinstance(error, EftError) and not isinstance(error, PromiseBroken)
-        raise typer.Exit(EXIT_USAGE if wrong else EXIT_FAILED) from error
+        raise typer.Exit(exit_code_of(error)) from error
 
 
 def processes_here(nproc: int | None) -> int:
@@ -99,18 +115,19 @@ def start_processes(
 
     fleet = Fleet(nproc, nnodes, rendezvous, max_restarts)
     if launcher is Launcher.ACCELERATE:
-        if max_restarts:
-            raise ConfigError("--max-restarts: accelerate's launcher does not restart; use `--launcher torchrun`")
-        import torch
-
-        command = accelerate_command(fleet, arguments, cpu=not torch.accelerator.is_available())
+        if max_restarts or nnodes > 1:
+            option = "--max-restarts" if max_restarts else "--nnodes"
+            raise ConfigError(f"{option}: not with accelerate's launcher; use `--launcher torchrun`")
+        command = accelerate_command(nproc, arguments)
         console.print(f"starting: {shown(command)}", highlight=False, soft_wrap=True)
         # Its output is the run's; this process has nothing left to do.
         os.execv(sys.executable, [sys.executable, "-m", "accelerate.commands.accelerate_cli", *command[1:]])
     console.print(f"starting: {shown(torchrun_command(fleet, arguments))}", highlight=False, soft_wrap=True)
     sys.stdout.flush()
     try:
-        launch(fleet, arguments)
+        code = launch(fleet, arguments)
     except RunFailed as failure:
         error_console.print(str(failure), highlight=False, soft_wrap=True, markup=False)
         raise typer.Exit(failure.exit_code if failure.exit_code > 0 else 1) from failure
+    if code:
+        raise typer.Exit(code)

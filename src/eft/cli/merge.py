@@ -36,8 +36,11 @@ def merge(
     import torch
 
     from eft.core.errors import ConfigError, PromiseBroken
+    from eft.models.empty_base import adapter_facts
     from eft.models.merge import MERGE_FILE, merge_adapter
+    from eft.models.model_card import merged_receipt, write_card
     from eft.report.terminal import quantities_table
+    from eft.runtime.env import versions
 
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype is not None and dtype not in kinds:
@@ -49,6 +52,8 @@ def merge(
         as_trained=as_trained,
         overwrite=overwrite,
     )
+    saved_in = str(done.dtype).removeprefix("torch.")
+    write_card(done.folder, merged_receipt(adapter_facts(adapter), saved_in, done.promises, versions()))
     largest = sorted(done.changes, key=lambda change: -change.change)
     rows = [
         (
@@ -62,7 +67,7 @@ def merge(
         console.print(f"… and {len(largest) - _SHOWN} more in {done.folder / MERGE_FILE}", highlight=False)
     for promise in done.promises:
         console.print(f"{promise.status}: {promise.title}: {promise.detail}", highlight=False)
-    console.print(f"wrote {done.folder} ({str(done.dtype).removeprefix('torch.')})", highlight=False)
+    console.print(f"wrote {done.folder} ({saved_in})", highlight=False)
     broken = [promise for promise in done.promises if promise.status == "fail"]
     if broken:
         raise PromiseBroken(f"{broken[0].promise} {broken[0].title}: {broken[0].detail}")

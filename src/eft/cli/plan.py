@@ -44,7 +44,7 @@ def plan(
     steps = inputs.any_plan_of(settings, meta.train_dataset, world_size)
     flow = make_flow(flow_rules(settings), steps.epoch_ends, steps.total_steps, meta.eval_dataset is not None)
     balance = held = None
-    if isinstance(steps, Plan):
+    if isinstance(steps, Plan) and not degrees.zero:
         held = footprint(settings, steps, world_size)
     if degrees.dp > 1 and isinstance(steps, Plan):
         per_rank = batch_of(settings, world_size).accumulation * settings.micro_batch_size
@@ -59,5 +59,6 @@ def plan(
         typer.echo(json.dumps({**steps.summary(), **extra}, indent=2))
         return
     rows = plan_rows(settings, steps, flow, meta, world_size, balance)
-    console.print(quantities_table("Plan", rows + (held.rows(degrees) if held is not None else [])))
+    unknown = [("memory of each", "not estimated with DeepSpeed")] if degrees.zero else []
+    console.print(quantities_table("Plan", rows + (held.rows(degrees) if held is not None else unknown)))
     console.print(curve("learning rate", learning_rates(settings, steps.total_steps)))

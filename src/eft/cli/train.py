@@ -24,6 +24,7 @@ from eft.cli.launch import (
 )
 from eft.cli.options import AllowUnsupported, ConfigPath, Overrides
 from eft.cli.progress import data_progress
+from eft.cli.ray_run import Order, check_ray_options, start_on_ray
 from eft.config.load import LoadedConfig
 from eft.core.constants import EXIT_FAILED
 
@@ -54,10 +55,17 @@ def train(
     config, data or folder are wrong · 130 / 143 / 138 / 75 stopped by Ctrl-C / SIGTERM / SIGUSR1 / the stop file, after
     a full checkpoint of the last step; the same command continues.
     """
+    if launcher is Launcher.RAY:
+        overrides = [*(overrides or []), "use_ray=true"]
     loaded = open_config(config, overrides, allow_unsupported=allow_unsupported)
     set_up_logging(quiet=not is_first())
     quiet_libraries()
     with recorded_failures():
+        if loaded.config.use_ray and launcher is not Launcher.NONE:
+            check_ray_options(launcher, nproc, nnodes, rendezvous)
+            order = Order(loaded, allow_change, report)
+            start_on_ray(order, overwrite=overwrite, max_restarts=max_restarts)
+            return
         from eft import inputs, run
 
         here = 1 if is_started() or launcher is Launcher.NONE else processes_here(nproc)
@@ -84,10 +92,10 @@ def train(
             return
         # What a lost process leaves is continued, not deleted again.
         overwrite = overwrite and not is_restarted()
-        _train_here(loaded, meta, overwrite=overwrite, allow_change=allow_change, report=report)
+        train_here(loaded, meta, overwrite=overwrite, allow_change=allow_change, report=report)
 
 
-def _train_here(loaded: LoadedConfig, meta: DatasetMeta, *, overwrite: bool, allow_change: bool, report: bool) -> None:
+def train_here(loaded: LoadedConfig, meta: DatasetMeta, *, overwrite: bool, allow_change: bool, report: bool) -> None:
     """In this process: all of the run, or one rank of it."""
     from eft import run
     from eft.cli.start import show_start

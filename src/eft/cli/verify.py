@@ -23,7 +23,7 @@ def verify(
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
     allow_unsupported: AllowUnsupported = False,
     nproc: Annotated[
-        int, typer.Option("--nproc", min=1, help="Also train one global batch in so many processes on the CPU.")
+        int, typer.Option("--nproc", min=1, help="Also train, stop and continue in so many processes on the CPU.")
     ] = 1,
 ) -> None:
     """Check eft's promises on CONFIG's own model and data: packing, loss, resume, data, saves, schedule, keys.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from eft.config.root import Rule, TrainConfig
 from eft.core.errors import nearest
 
@@ -15,11 +17,8 @@ BNB_OPTIONS = (
 )
 """What `bnb_config_kwargs` may set."""
 
-_CHANGES_BASE = "it changes the base's weights, so that the saved adapter would be wrong on the base it names"
 _NEEDS_DATA = "it needs activations or gradients of your data before the training"
 REFUSED_STARTS = {
-    "pissa": _CHANGES_BASE,
-    "olora": _CHANGES_BASE,
     "eva": _NEEDS_DATA,
     "corda": _NEEDS_DATA,
     "lora_ga": _NEEDS_DATA,
@@ -28,7 +27,8 @@ REFUSED_STARTS = {
 }
 """Values of `peft_init_lora_weights` that peft knows and eft does not offer, with the reason."""
 
-_STARTS = ("gaussian", "orthogonal")
+_STARTS = ("gaussian", "orthogonal", "pissa", "olora")
+_FAST_PISSA = re.compile(r"pissa_niter_\d+")
 
 LORA_ONLY = (
     "lora_r",
@@ -85,14 +85,32 @@ def bnb_options_are_known(config: TrainConfig) -> tuple[str, str] | None:
 
 def start_of_factors_is_offered(config: TrainConfig) -> tuple[str, str] | None:
     start, name = config.peft_init_lora_weights, "peft_init_lora_weights"
-    if not isinstance(start, str) or start in _STARTS:
+    if not isinstance(start, str) or start in _STARTS or _FAST_PISSA.fullmatch(start):
         return None
-    known = start.partition("_niter_")[0]
-    offered = f"there are: true, {', '.join(_STARTS)}"
-    if known in REFUSED_STARTS:
-        return name, f"`{name}: {start}` is not offered: {REFUSED_STARTS[known]}; {offered}"
+    offered = f"there are: true, {', '.join(_STARTS)}, pissa_niter_4 (or another number)"
+    if start in REFUSED_STARTS:
+        return name, f"`{name}: {start}` is not offered: {REFUSED_STARTS[start]}; {offered}"
     close = nearest(start, _STARTS)
     return name, f"`{name}: {start}` is unknown; " + (f"did you mean `{close}`?" if close else offered)
+
+
+def start_from_weights_has_weights(config: TrainConfig) -> tuple[str, str] | None:
+    """PiSSA and OLoRA: see `models.weight_start`."""
+    start, name = config.peft_init_lora_weights, "peft_init_lora_weights"
+    if not isinstance(start, str) or not start.startswith(("pissa", "olora")):
+        return None
+    sharded = config.fsdp_version or config.fsdp_config or config.dp_shard_size or config.deepspeed
+    obstacles = {
+        "`peft_use_dora` scales the base's weights itself": config.peft_use_dora,
+        "a base in 4 or 8 bits is not the weights that they would start from": config.load_in_4bit
+        or config.load_in_8bit,
+        "`lora_target_parameters` are no linear layers": config.lora_target_parameters is not None,
+        "`lora_model_dir` brings trained factors": config.lora_model_dir is not None,
+        "`weight_decay` would shrink the half of each factor that is fixed": config.weight_decay > 0,
+        "FSDP and DeepSpeed might train the half of each factor that is fixed": sharded,
+    }
+    found = [text for text, applies in obstacles.items() if applies]
+    return (name, f"`{name}: {start}`: {'; '.join(found)}; remove one of the two") if found else None
 
 
 def other_methods_bring_their_own_config(config: TrainConfig) -> tuple[str, str] | None:
@@ -113,5 +131,6 @@ ADAPTER_RULES: tuple[Rule, ...] = (
     qlora_needs_four_bits,
     bnb_options_are_known,
     start_of_factors_is_offered,
+    start_from_weights_has_weights,
     other_methods_bring_their_own_config,
 )

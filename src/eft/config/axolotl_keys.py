@@ -83,7 +83,7 @@ _ATTENTION = (
 _LOSS = "remove it: eft's loss only ever holds the logits of trained tokens"
 _KERNEL = "remove it: eft has no such kernel; speed and memory change, the numbers do not"
 _QUANT = "this quantisation is not offered: remove it; `load_in_4bit: true` with `adapter: qlora` is"
-_SHARD = "use `fsdp_version: 2` (FSDP2, HSDP), `tensor_parallel_size` or `context_parallel_size`, or remove it for DDP"
+_SHARD = "use `fsdp_version: 2`, `deepspeed`, `tensor_parallel_size` or `context_parallel_size`, or remove it for DDP"
 _RL = "eft does supervised fine-tuning only: use another trainer for preference or reinforcement learning"
 _LORA = "this LoRA option is not offered: remove it"
 _OPTIMIZER = "it belongs to an optimizer that eft does not have; options of ours go under `optim_args`"
@@ -151,7 +151,7 @@ AXOLOTL_KEYS: dict[str, Foreign] = {
     # Distribution
     **_keys(
         _SHARD,
-        "deepspeed deepcompile fsdp fsdp_final_state_dict_type expert_parallel_token_capacity accelerator_config",
+        "deepcompile fsdp fsdp_final_state_dict_type expert_parallel_token_capacity accelerator_config",
         expert_parallel_size=1,
     ),
     **_keys(
@@ -159,12 +159,6 @@ AXOLOTL_KEYS: dict[str, Foreign] = {
         "sequence_parallel_degree heads_k_stride ring_attn_func",
     ),
     **_keys("remove it: DDP's own default is right for eft's batches", "ddp_broadcast_buffers"),
-    **_keys(
-        "Ray is not offered: start one process per device with torchrun",
-        "use_ray ray_run_name",
-        ray_num_workers=1,
-        resources_per_worker={"GPU": 1},
-    ),
     **_keys(_PLACE, "device_map max_memory gpu_memory_limit low_cpu_mem_usage", experimental_skip_move_to_device=True),
     # Model and tokenizer
     **_keys(

@@ -101,8 +101,10 @@ class AdapterConfig(Section):
     peft_use_rslora: bool = key(False, "Rank-stabilised scale: alpha / √r.", used_when="adapter")
     peft_init_lora_weights: bool | str | None = key(
         None,
-        "How the factors start: true (A random, B zero), `gaussian`, `orthogonal`, or false (both random).",
+        "How the factors start: true (A random, B zero), `gaussian`, `orthogonal`, false (both random), or from the "
+        "weights: `pissa`, `pissa_niter_4` (faster), `olora`; these are saved as plain LoRA of twice the rank.",
         used_when="adapter",
+        axolotl="There `pissa` and `olora` change the base's weights, and so has everyone to who loads the adapter.",
     )
     peft_layers_to_transform: list[int] | int | None = key(
         None, "Adapt only the layers with these numbers.", used_when="adapter"

@@ -28,7 +28,8 @@ class ParallelConfig(Section):
     fsdp_config: dict[str, Any] | None = key(
         None,
         "Options of FSDP2: `transformer_layer_cls_to_wrap`, `auto_wrap_policy`, `min_num_params`, "
-        "`reshard_after_forward`, `offload_params`.",
+        "`reshard_after_forward`, `offload_params`, and `cpu_ram_efficient_loading`: each process reads its own part "
+        "of the model's files only.",
         axolotl="Without `fsdp_` before the names; the checkpoint's format is always the same, so there is no "
         "`state_dict_type`.",
     )
@@ -46,3 +47,50 @@ class ParallelConfig(Section):
         ge=1,
         axolotl="Axolotl's is ring attention.",
     )
+    deepspeed: str | dict[str, Any] | None = key(
+        None,
+        "Share the training by DeepSpeed: `zero1`, `zero2` or `zero3`, a JSON file, or its options inline. What the "
+        "YAML decides must be `auto` there, or the same.",
+        axolotl="There the file decides about precision; here it is `bf16`, over fp32 weights.",
+    )
+    use_ray: bool = key(
+        False,
+        "Start the processes as workers of Ray Train, in the cluster that `RAY_ADDRESS` names, else in one that "
+        "lives as long as the run. Needs the extra `ray`.",
+    )
+    ray_num_workers: int | None = key(
+        None,
+        "Workers; default: one per accelerator of this machine, else one.",
+        used_when="use_ray",
+        ge=1,
+        axolotl="Axolotl's default is 1.",
+    )
+    resources_per_worker: dict[str, float] | None = key(
+        None,
+        "What Ray reserves for each worker, such as `{CPU: 8, GPU: 1}`; default: a CPU, and a GPU where the cluster "
+        "has any.",
+        used_when="use_ray",
+        axolotl="Axolotl's default is `{GPU: 1}`, also where there is none.",
+    )
+    ray_placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = key(
+        "PACK", "Whether Ray puts the workers on as few or on as many machines as it can.", used_when="use_ray"
+    )
+    ray_max_failures: int = key(
+        0,
+        "How often Ray starts all workers again when one is lost; they continue from the newest checkpoint. -1: "
+        "always.",
+        used_when="use_ray",
+        ge=-1,
+    )
+    ray_run_name: str | None = key(None, "What Ray calls the run.", used_when="use_ray")
+    ray_storage_path: str | None = key(
+        None,
+        "Where Ray keeps its own notes on the run, on a disk that all machines see; default: `~/ray_results`. "
+        "Checkpoints and metrics are in `output_dir`.",
+        used_when="use_ray",
+    )
+
+
+def asks_for_parts(keys: ParallelConfig) -> bool:
+    """Whether transformers is to split the model while it loads it, so that each process reads its own part only."""
+    return keys.tensor_parallel_size > 1 or bool((keys.fsdp_config or {}).get("cpu_ram_efficient_loading"))

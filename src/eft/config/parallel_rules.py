@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from eft.config.deepspeed import DEEPSPEED_RULES
+from eft.config.parallel import asks_for_parts
 from eft.config.root import Rule, TrainConfig
 from eft.core.errors import nearest
 
@@ -11,6 +13,7 @@ FSDP_OPTIONS = (
     "min_num_params",
     "reshard_after_forward",
     "offload_params",
+    "cpu_ram_efficient_loading",
 )
 """What `fsdp_config` may hold."""
 
@@ -18,7 +21,6 @@ _ELSEWHERE = {
     "activation_checkpointing": "use the key `gradient_checkpointing`",
     "state_dict_type": "remove it: a checkpoint has one format, whatever wrote it",
     "final_state_dict_type": "remove it: the export is always whole",
-    "cpu_ram_efficient_loading": "remove it",
     "use_orig_params": "remove it: FSDP2 always does",
     "sync_module_states": "remove it: FSDP2 does not need it",
     "cpu_offload": "use `offload_params`",
@@ -47,15 +49,32 @@ def one_way_to_split_a_row(config: TrainConfig) -> tuple[str, str] | None:
     return None
 
 
-def tensor_parallelism_trains_whole_models(config: TrainConfig) -> tuple[str, str] | None:
-    if config.tensor_parallel_size == 1:
+def what_is_loaded_in_parts_is_plain(config: TrainConfig) -> tuple[str, str] | None:
+    """Where transformers splits the model while it is loaded, nothing may come between."""
+    options = config.fsdp_config or {}
+    by_tensor = config.tensor_parallel_size > 1
+    if not asks_for_parts(config):
         return None
+    key = "tensor_parallel_size" if by_tensor else "fsdp_config"
+    # What transformers shards together its own plan of the family says.
+    wrapping = [name for name in FSDP_OPTIONS[:3] if options.get(name) is not None]
     obstacles = {
-        "`adapter` wraps layers that are already split; use `fsdp_version: 2`": config.adapter is not None,
+        "`adapter` may only be `lora`": config.adapter not in (None, "lora"),
+        "`lora_modules_to_save` copies layers that are already split": bool(config.lora_modules_to_save),
+        "`peft_trainable_token_indices` needs the whole embedding": config.peft_trainable_token_indices is not None,
+        "`peft_use_dora` needs whole matrices": bool(config.peft_use_dora),
+        "`lora_target_parameters` needs whole tensors": bool(config.lora_target_parameters),
+        "`lora_model_dir` holds whole tensors": config.lora_model_dir is not None,
+        "`peft_init_lora_weights` needs whole matrices": config.peft_init_lora_weights not in (None, True, "gaussian"),
+        "`resize_token_embeddings_to_32x` needs the whole embedding": config.resize_token_embeddings_to_32x,
+        "`load_in_4bit` and `load_in_8bit` need whole matrices": config.load_in_4bit or config.load_in_8bit,
+        "`gguf_file` is read as a whole": config.gguf_file is not None,
         "`load_best_model_at_end` is not offered with it": config.load_best_model_at_end,
+        f"`fsdp_config: {', '.join(wrapping)}` is the family's own there": bool(wrapping),
     }
     found = [text for text, applies in obstacles.items() if applies]
-    return ("tensor_parallel_size", f"`tensor_parallel_size`: {'; '.join(found)}") if found else None
+    what = "`tensor_parallel_size`" if by_tensor else "`fsdp_config: cpu_ram_efficient_loading`"
+    return (key, f"{what}: {'; '.join(found)}") if found else None
 
 
 def context_parallelism_is_packed(config: TrainConfig) -> tuple[str, str] | None:
@@ -74,6 +93,7 @@ def context_parallelism_is_packed(config: TrainConfig) -> tuple[str, str] | None
 PARALLEL_RULES: tuple[Rule, ...] = (
     fsdp_options_are_known,
     one_way_to_split_a_row,
-    tensor_parallelism_trains_whole_models,
+    what_is_loaded_in_parts_is_plain,
     context_parallelism_is_packed,
+    *DEEPSPEED_RULES,
 )

@@ -47,8 +47,9 @@ def _describe_member(member: Any) -> str:
         (item,) = get_args(member)
         return f"a list of {_plural(item)}"
     if get_origin(member) is dict:
-        _, value = get_args(member)
-        return f"a mapping of names to {_plural(value)}"
+        name, value = get_args(member)
+        known = ", ".join(f"`{option}`" for option in literal_values(name))
+        return f"a mapping of {known or 'names'} to {_plural(value)}"
     if isinstance(member, type) and issubclass(member, Section):
         return "a mapping with " + ", ".join(
             f"`{name}`" for name, info in member.model_fields.items() if info.is_required()

@@ -19,9 +19,16 @@ KEYS_OF_RUN = frozenset(
         "save_dtype",
         "verify_saves",
         "stall_timeout",
+        "use_ray",
+        "ray_num_workers",
+        "resources_per_worker",
+        "ray_placement_strategy",
+        "ray_max_failures",
+        "ray_run_name",
+        "ray_storage_path",
     }
 )
-"""Read by `eft.run` itself, some of them only after the training."""
+"""Read by `eft.run` itself, some of them only after the training, or by what starts its processes."""
 
 _SECTIONS_OF_CALLER = (ModelConfig, FreezingConfig, AdapterConfig, DataConfig)
 KEYS_OF_CALLER = KEYS_OF_RUN.union(*(section.model_fields for section in _SECTIONS_OF_CALLER))

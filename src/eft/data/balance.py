@@ -59,6 +59,36 @@ def share_step(
     return shares
 
 
+@dataclass(frozen=True)
+class RankShare:
+    """Which part of every optimizer step one rank trains, in how many micro-batches."""
+
+    rank: int = 0
+    world_size: int = 1
+    accumulation: int = 1
+    """Micro-batches of a step on each rank."""
+    micro_batch_size: int = 1
+    """Most bins of a micro-batch."""
+    cost_ratio: float = 0.0
+    """k in the cost of a bin, tokens + k·Σ len², by which ranks are balanced."""
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.rank < self.world_size
+
+    @property
+    def step_bins(self) -> int:
+        """Most bins of a step, over all ranks."""
+        return self.world_size * self.accumulation * self.micro_batch_size
+
+    def of(self, step: StepPlan, lengths: Int32Array) -> list[list[Int32Array]]:
+        """This rank's bins by micro-batch, as `share_step` deals them; `lengths` are those of the bins' samples."""
+        if self.world_size == self.micro_batch_size == 1:
+            # Nothing to balance: what `share_step` says, too, only that it works out costs first.
+            return [[ids] for ids in step.bins] + [[] for _ in range(self.accumulation - len(step.bins))]
+        costs = bin_costs(lengths, step.bins, self.cost_ratio)
+        return share_step(step, costs, self.world_size, self.accumulation, self.micro_batch_size)[self.rank]
+
+
 def groups_of(costs: Float64Array, num_groups: int, limit: int) -> list[Int64Array]:
     """Indices of `costs`, ascending, in `num_groups` groups of at most `limit`, the costliest as cheap as can be."""
     if num_groups == 1:
@@ -100,7 +130,7 @@ def share_bound(costs: Float64Array, num_groups: int, limit: int) -> float:
     return max(mean, float(np.minimum(together, apart).max()), *crowded)
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True)
 def _swap(
     members: Int64Array, loads: Float64Array, costs: Float64Array, one: int, place: int, two: int, there: int
 ) -> None:
@@ -113,7 +143,7 @@ def _swap(
                 loads[group] += costs[members[group, at]]
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True)
 def _exchange(members: Int64Array, loads: Float64Array, costs: Float64Array, enough: float) -> None:
     """Improves groups in place until the heaviest load is at most `enough` or no exchange lowers it.
 
@@ -141,7 +171,7 @@ def _exchange(members: Int64Array, loads: Float64Array, costs: Float64Array, eno
         _swap(members, loads, costs, heaviest, mine, other, theirs)
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True)
 def _spread(costs: Float64Array, num_groups: int, limit: int, bound: float) -> Int64Array:
     """The group of each of `costs`, which descend: each to the lightest group with room, then exchanges.
 

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from eft.core.errors import DataError
 from eft.core.records import TokenDataset
+from eft.data.balance import RankShare
 from eft.data.collators import Collator
 from eft.data.loader import build_eval_loader, build_stream_loader, build_train_loader
 from eft.data.packing import Strategy
@@ -40,15 +41,11 @@ class BatchSource:
     num_epochs: float
     max_steps: int | None
     global_batch_size: int
-    accumulation: int
-    micro_batch_size: int
+    share: RankShare
+    """What of each step is this rank's."""
     eval_batch_size: int
-    rank: int
-    world_size: int
     num_workers: int
     pin_memory: bool
-    attention_cost_ratio: float
-    """k in cost(bin) = tokens + k · Σ length²."""
     vocabulary_rows: int
     """Rows of the model's embedding; ids from 0 to one less can be looked up."""
     position_rows: int | None
@@ -86,7 +83,7 @@ class BatchSource:
             strategy=self.strategy,
             bin_samples=self.bin_samples,
             balance_buffer=self.balance_buffer,
-            cost_ratio=self.attention_cost_ratio,
+            cost_ratio=self.share.cost_ratio,
         )
 
     def _stream_plan(self, dataset: StreamDataset, total_num_steps: int | None) -> StreamPlan:
@@ -123,29 +120,15 @@ class BatchSource:
     def train_loader(self, plan: Plan | StreamPlan, cursor: Callable[[], int]) -> DataLoader[Any]:
         """This rank's micro-batches, from step `cursor()` on."""
         if isinstance(plan, StreamPlan):
-            return build_stream_loader(
-                plan,
-                self.collator,
-                rank=self.rank,
-                world_size=self.world_size,
-                accumulation=self.accumulation,
-                micro_batch_size=self.micro_batch_size,
-                cursor=cursor,
-                pin_memory=self.pin_memory,
-                cost_ratio=self.attention_cost_ratio,
-            )
+            return build_stream_loader(plan, self.collator, share=self.share, cursor=cursor, pin_memory=self.pin_memory)
         return build_train_loader(
             plan.dataset,
             plan,
             self.collator,
-            rank=self.rank,
-            world_size=self.world_size,
-            accumulation=self.accumulation,
-            micro_batch_size=self.micro_batch_size,
+            share=self.share,
             cursor=cursor,
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
-            cost_ratio=self.attention_cost_ratio,
         )
 
     def eval_loader(self, dataset: Any) -> DataLoader[Any]:
@@ -155,8 +138,8 @@ class BatchSource:
             tokens,
             build_eval_plan(tokens, capacity=self.capacity, packed=self.eval_packed),
             self.collator,
-            rank=self.rank,
-            world_size=self.world_size,
+            rank=self.share.rank,
+            world_size=self.share.world_size,
             batch_size=self.eval_batch_size,
         )
 

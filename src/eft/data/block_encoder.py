@@ -20,7 +20,9 @@ from eft.data.formats import Example, resolve_format
 from eft.data.ledger import Reason, SourceLedger
 from eft.data.readers import Block, Row
 from eft.data.rows import rows_of
+from eft.data.seen import TAGS, Seen
 from eft.data.tokenize import ExampleEncoder, Rejected
+from eft.data.turns import has_generation_tag
 
 _KEY_BYTES = 8
 
@@ -49,6 +51,7 @@ class Tally:
     shortest: int | None = None
     is_cut: bool = False
     """Some text was cut into samples of `sequence_len`."""
+    seen: Seen = field(default_factory=Seen)
     spec_keys: set[str] = field(default_factory=set)
     """Keys of the entry that the rows' format and mask read."""
     cfg_keys: set[str] = field(default_factory=set)
@@ -62,6 +65,7 @@ class Tally:
         if other.shortest is not None:
             self.count_lengths(other.shortest, other.longest)
         self.is_cut |= other.is_cut
+        self.seen.add(other.seen)
         self.spec_keys |= other.spec_keys
         self.cfg_keys |= other.cfg_keys
 
@@ -73,12 +77,14 @@ class Tally:
     def to_json(self) -> dict[str, Any]:
         """A JSON-able mapping; `from_json` is its inverse."""
         sets = {"spec_keys": sorted(self.spec_keys), "cfg_keys": sorted(self.cfg_keys)}
-        return {**self.__dict__, "account": self.account.to_json(), "roles": dict(self.roles), **sets}
+        parts = {"account": self.account.to_json(), "roles": dict(self.roles), "seen": self.seen.to_json()}
+        return {**self.__dict__, **parts, **sets}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Tally:
-        parts = {**value, "account": SourceLedger.from_json(value["account"]), "roles": Counter(value["roles"])}
-        return cls(**{**parts, "spec_keys": set(value["spec_keys"]), "cfg_keys": set(value["cfg_keys"])})
+        parts = {"account": SourceLedger.from_json(value["account"]), "roles": Counter(value["roles"])}
+        sets = {"spec_keys": set(value["spec_keys"]), "cfg_keys": set(value["cfg_keys"])}
+        return cls(**{**value, **parts, **sets, "seen": Seen.from_json(value["seen"])})
 
 
 @dataclass(frozen=True)
@@ -97,6 +103,7 @@ class BlockEncoder:
         self._template = job.template
         self._format = resolve_format(self._spec)  # a wrong `type` is told at once
         self._encoder = ExampleEncoder(self._tokenizer, self._template)
+        self._tags = {TAGS} if self._template is not None and has_generation_tag(self._template) else set()
 
     def __call__(self, block: Block) -> EncodedBlock:
         """The samples of a block.
@@ -109,6 +116,7 @@ class BlockEncoder:
         tally = Tally(SourceLedger(name=self._spec.path))
         converted = self._convert(block, tally)
         outcomes = self._encoder([example for _, example in converted], self._spec, self._cfg)
+        tally.seen.met |= self._encoder.met | self._tags
         shortest, longest = self._cfg.min_sample_len, self._cfg.sequence_len
         samples: list[StoredSample] = []
         cut_from: list[int] = []
@@ -144,17 +152,21 @@ class BlockEncoder:
         converted = []
         roles: list[str] = []
         for row in rows_of(block, broken):
+            tally.seen.look_at_row(row.data)
             try:
                 example = self._format(row, self._spec)
             except DataError as error:
                 broken(row.number, error)
+                tally.seen.lose_track()
                 continue
             tally.account.rows += 1
             if example.messages is not None:
                 roles += [message["role"] for message in example.messages]
+                tally.seen.look_at_turns(example.messages)
             converted.append((row, example))
         tally.is_chat = bool(roles)
         tally.roles.update(roles)
+        tally.seen.roles |= set(tally.roles)
         return converted
 
     def _fitted(self, tally: Tally, row: Row, example: Example, outcome: TokenSample | Rejected) -> TokenSample | None:

@@ -14,17 +14,17 @@ import json
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import pairwise
+from operator import add
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Regex, pre_tokenizers
 
 from eft.core.constants import IGNORE_INDEX
 from eft.core.records import Int32Array, Int64Array
 from eft.data import bpe_kernels as kernels
+from eft.data.bpe_classes import CODE_POINTS, PointClasses
 from eft.data.bpe_merges import ARENA_BYTES, LONGEST_WORD, fill_merges, remember
 from eft.data.token_facts import byte_of_sign
 
@@ -43,8 +43,6 @@ KNOWN_RULES: dict[str, tuple[int, int, int]] = {
 }
 """Regular expression of a Split pre-tokeniser → rule, numbers per pre-token, mask of a word."""
 
-_CODE_POINTS = 0x110000
-_CHUNK = 0x800
 _WORD_SLOTS = 1 << 16
 
 
@@ -119,9 +117,6 @@ def _pairs(merges: list[Any]) -> list[tuple[str, str]]:
     return [(left, right) for left, right in split]
 
 
-# ---- classes of code points ----
-
-
 def _code_points_with(missing: list[int]) -> list[tuple[int, int]]:
     """Ranges of the code points that are written with one of these bytes."""
     ranges = []
@@ -135,52 +130,8 @@ def _code_points_with(missing: list[int]) -> list[tuple[int, int]]:
         elif 0xE0 <= byte < 0xF0:
             ranges.append(((byte - 0xE0) << 12, (byte - 0xE0 + 1) << 12))
         elif 0xF0 <= byte < 0xF5:
-            ranges.append(((byte - 0xF0) << 18, min((byte - 0xF0 + 1) << 18, _CODE_POINTS)))
+            ranges.append(((byte - 0xF0) << 18, min((byte - 0xF0 + 1) << 18, CODE_POINTS)))
     return ranges
-
-
-def _chunk(first: int) -> str:
-    """Code points from `first` on; long texts take the library more than linear time."""
-    return "".join(map(chr, range(first, first + _CHUNK)))
-
-
-@lru_cache(maxsize=1)
-def _chunks_with_classes() -> list[int]:
-    """Where the chunks start that have any letter, number, blank or mark: most of the upper planes is empty."""
-    splitter = pre_tokenizers.Split(Regex(r"[\p{L}\p{N}\p{M}\s]"), "isolated")
-    starts = [*range(0, 0xD800, _CHUNK), *range(0xE000, _CODE_POINTS, _CHUNK)]
-    return [first for first in starts if first < 0x30000 or len(splitter.pre_tokenize_str(_chunk(first))) > 1]
-
-
-def _points_where(splitter: Any, *, removed: bool) -> npt.NDArray[np.bool_]:
-    """bool [0x110000]: the code points that `splitter` takes out, or those in its second, fourth … piece."""
-    matched = np.zeros(_CODE_POINTS, dtype=np.bool_)
-    for first in _chunks_with_classes():
-        # Something that never matches leads, so that the first piece is known not to be a match.
-        pieces = splitter.pre_tokenize_str("\x00" + _chunk(first))
-        inside = np.full(_CHUNK + 1, removed)
-        for number, (_, (start, stop)) in enumerate(pieces):
-            if removed or number % 2:
-                inside[start:stop] = not removed
-        matched[first : first + _CHUNK] = inside[1:]
-    return matched
-
-
-@lru_cache(maxsize=8)
-def _classes(*, digits: bool, marks: bool, normalizes: bool) -> UInt8Array:
-    """The class table as the tokenizers library sees it, without the bits of added tokens."""
-    table = np.zeros(_CODE_POINTS, dtype=np.uint8)
-    kinds = [(r"\p{L}+", kernels.LETTER), (r"\p{N}+", kernels.NUMBER), (r"\s+", kernels.SPACE)]
-    for pattern, bit in [*kinds, (r"\p{M}+", kernels.MARK)] if marks else kinds:
-        table[_points_where(pre_tokenizers.Split(Regex(pattern), "removed"), removed=True)] |= bit
-    if digits:
-        table[_points_where(pre_tokenizers.Digits(individual_digits=False), removed=False)] |= kernels.DIGIT
-    if normalizes:
-        # What Python's Unicode tables do not know, they cannot say to be normal.
-        odd = [point for point in range(0x300, _CODE_POINTS) if unicodedata.category(chr(point)) == "Cn"]
-        table[odd] |= kernels.ODD
-    table.flags.writeable = False
-    return table
 
 
 # ---- the encoder ----
@@ -199,7 +150,7 @@ class FastEncoder:
         self._ignores_merges = bool(model.get("ignore_merges"))
         vocabulary: dict[str, int] = model["vocab"]
         digits, marks = self._rule[3] == 1, self._rule[2] & kernels.MARK > 0
-        self._classes = _classes(digits=bool(digits), marks=bool(marks), normalizes=self._normalizes).copy()
+        self._classes = PointClasses(digits=bool(digits), marks=bool(marks), normalizes=self._normalizes)
         self._set_vocabulary(vocabulary, model["merges"])
         self._set_added(facts["added_tokens"])
         self._state: _State | None = self._new_state()
@@ -214,19 +165,24 @@ class FastEncoder:
             else:
                 missing.append(byte)
         for first, last in _code_points_with(missing):
-            self._classes[first:last] |= kernels.ODD
-        self._tokens = {
-            number: bytes(byte_of[sign] for sign in text)
-            for text, number in vocabulary.items()
-            if all(sign in byte_of for sign in text)
-        }
-        pairs = _pairs(merges)
-        sides = np.array(
-            [(vocabulary[left], vocabulary[right], vocabulary[left + right]) for left, right in pairs], dtype=np.int32
-        ).reshape(-1, 3)
-        slots = 1 << max(4, (2 * len(pairs)).bit_length())
+            self._classes.add(first, last, kernels.ODD)
+        lefts, rights = (list(side) for side in zip(*_pairs(merges), strict=True)) if merges else ([], [])
+        slots = 1 << max(4, (2 * len(lefts)).bit_length())
         self._merges = (np.zeros(slots, np.uint64), np.zeros(slots, np.int32), np.zeros(slots, np.int32))
-        fill_merges(*np.ascontiguousarray(sides.T), *self._merges)
+        sides = [
+            np.fromiter(map(vocabulary.__getitem__, side), np.int32, len(lefts))
+            for side in (lefts, rights, map(add, lefts, rights))
+        ]
+        fill_merges(*sides, *self._merges)
+        if not byte_of.keys() >= set("".join(vocabulary)):
+            vocabulary = {text: number for text, number in vocabulary.items() if byte_of.keys() >= set(text)}
+        numbers = np.fromiter(vocabulary.values(), np.int64, len(vocabulary))
+        self.byte_lengths = np.zeros(int(numbers.max(initial=-1)) + 1, dtype=np.int32)
+        self.byte_lengths[numbers] = np.fromiter(map(len, vocabulary), np.int32, len(vocabulary))  # a sign is a byte
+        self._whole_words = {}
+        """Tokens that come before any merge, by their bytes."""
+        if self._ignores_merges:
+            self._whole_words = {bytes(map(byte_of.__getitem__, text)): number for text, number in vocabulary.items()}
 
     def _set_added(self, added: list[dict[str, Any]]) -> None:
         groups: dict[bool, list[tuple[str, int]]] = {False: [], True: []}
@@ -235,28 +191,32 @@ class FastEncoder:
                 raise UnsupportedError(f"the added token {token['content']!r}, which takes blanks around it")
             if token["content"]:
                 groups[token["normalized"]].append((token["content"], token["id"]))
-                self._tokens[token["id"]] = token["content"].encode()
+                if self._ignores_merges:
+                    self._whole_words[token["content"].encode()] = token["id"]
         self._raw = self._added_table(groups[False], kernels.STARTS_RAW)
         self._normal = self._added_table(groups[True], kernels.STARTS_NORMAL)
-        self.byte_lengths = np.zeros(max(self._tokens) + 1, dtype=np.int32)
-        self.byte_lengths[list(self._tokens)] = [len(text) for text in self._tokens.values()]
+        contents = {number: len(text.encode()) for group in groups.values() for text, number in group}
+        lengths = np.zeros(max(len(self.byte_lengths), *(number + 1 for number in contents), 1), dtype=np.int32)
+        lengths[: len(self.byte_lengths)] = self.byte_lengths
+        lengths[list(contents)] = list(contents.values())
+        self.byte_lengths = lengths
 
     def _added_table(self, tokens: list[tuple[str, int]], bit: int) -> tuple[Int32Array, npt.NDArray[np.uint32]]:
         rows, points = [], ""
         for text, number in sorted(tokens, key=lambda token: -len(token[0])):
             rows.append((len(points), len(text), number))
             points += text
-            self._classes[ord(text[0])] |= bit
+            self._classes.add(ord(text[0]), ord(text[0]) + 1, bit)
         return np.array(rows, dtype=np.int32).reshape(-1, 3), _points(points)
 
     def _new_state(self) -> _State:
         """Memory of words: empty, or filled with the vocabulary where a token of its own comes before any merge."""
-        prefilled = self._tokens if self._ignores_merges else {}
-        too_long = next((text for text in prefilled.values() if len(text) > LONGEST_WORD), None)
+        prefilled = self._whole_words
+        too_long = next((text for text in prefilled if len(text) > LONGEST_WORD), None)
         if too_long is not None:
             raise UnsupportedError(f"a token of {len(too_long)} bytes")
         slots = max(_WORD_SLOTS, 1 << (4 * len(prefilled)).bit_length())
-        arena = 2 * sum(map(len, prefilled.values()))
+        arena = 2 * sum(map(len, prefilled))
         if arena > ARENA_BYTES:
             raise UnsupportedError("a vocabulary of very long tokens")
         state = (
@@ -265,12 +225,19 @@ class FastEncoder:
             np.zeros(slots, np.int32),
             np.zeros(3, np.int64),
         )
-        for number, text in prefilled.items():
+        for text, number in prefilled.items():
             remember(np.frombuffer(text, np.uint8), 0, len(text), np.array([number], np.int32), 0, 1, *state)
         return state
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_state": None}
+
+    def load(self) -> None:
+        """Load the compiled loops, as the first texts would."""
+        batch = self.batch(["é"])
+        span, one = np.array([[0, 1]], dtype=np.int64), np.ones(1, dtype=np.int64)
+        if all(self.can_encode(batch)):
+            self.labels(batch, self.encode(batch), span, one, np.zeros(0, dtype=np.int64))
 
     def batch(self, texts: Sequence[str]) -> Batch:
         """Texts as `can_encode` and `encode` take them."""
@@ -278,12 +245,15 @@ class FastEncoder:
 
     def can_encode(self, batch: Batch) -> list[bool]:
         """Per text, whether each of its bytes has a token and the tokenizer's normaliser surely leaves it as it is."""
-        odd = kernels.first_in_class(batch.points, self._classes, 0, kernels.ODD) < len(batch.points)
+        classes = self._classes.table
+        odd = kernels.first_in_class(batch.points, classes, 0, kernels.ODD) < len(batch.points)
+        if odd and self._classes.learn(batch.points):
+            odd = kernels.first_in_class(batch.points, classes, 0, kernels.ODD) < len(batch.points)
         if not odd and (not self._normalizes or batch.is_ascii):
             return [True] * len(batch.texts)
         starts = [0, *batch.ends.tolist()]
         return [
-            kernels.first_in_class(batch.points[:stop], self._classes, start, kernels.ODD) == stop
+            kernels.first_in_class(batch.points[:stop], classes, start, kernels.ODD) == stop
             and (not self._normalizes or unicodedata.is_normalized("NFC", text))
             for text, (start, stop) in zip(batch.texts, pairwise(starts), strict=True)
         ]
@@ -298,7 +268,7 @@ class FastEncoder:
             batch.points,
             batch.buffer,
             batch.ends,
-            self._classes,
+            self._classes.table,
             self._rule,
             *self._raw,
             *self._normal,

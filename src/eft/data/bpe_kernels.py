@@ -28,7 +28,7 @@ GPT2, CL100K = 0, 1
 _APOSTROPHE, _BLANK, _CR, _LF, _LONG_S = 0x27, 0x20, 0x0D, 0x0A, 0x17F
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@njit(inline="always")
 def _contraction(points: Points, start: int, end: int, any_case: bool) -> Any:
     """Code points of `'s 't 're 've 'm 'll 'd` at `start`, else 0."""
     if points[start] != _APOSTROPHE or start + 1 >= end:
@@ -51,7 +51,7 @@ def _contraction(points: Points, start: int, end: int, any_case: bool) -> Any:
     return 0
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@njit(inline="always")
 def _run(points: Points, classes: Bytes, start: int, end: int, mask: int) -> Any:
     """Where the run of code points in `mask` that starts at `start` ends."""
     while start < end and classes[points[start]] & mask:
@@ -59,14 +59,14 @@ def _run(points: Points, classes: Bytes, start: int, end: int, mask: int) -> Any
     return start
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@njit(inline="always")
 def _blanks(points: Points, classes: Bytes, start: int, end: int) -> Any:
     r"""`\s+(?!\S)|\s+`: a run of white space gives up its last one where something follows."""
     stop = _run(points, classes, start, end, SPACE)
     return stop - 1 if stop < end and stop - start > 1 else stop
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@njit(inline="always")
 def _next_gpt2(points: Points, classes: Bytes, start: int, end: int) -> Any:
     contraction = _contraction(points, start, end, False)
     if contraction:
@@ -84,7 +84,7 @@ def _next_gpt2(points: Points, classes: Bytes, start: int, end: int) -> Any:
     return _blanks(points, classes, start, end)
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@njit(inline="always")
 def _next_cl100k(points: Points, classes: Bytes, start: int, end: int, digits: int, word: int) -> Any:
     """`digits`: how many numbers one pre-token holds; `word`: LETTER, or LETTER | MARK."""
     contraction = _contraction(points, start, end, True)
@@ -117,7 +117,7 @@ def _next_cl100k(points: Points, classes: Bytes, start: int, end: int, digits: i
 # ---- added tokens ----
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True)
 def _added_at(points: Points, at: int, end: int, added: Int32Array, added_points: Points) -> Any:
     """The longest added token at `at`: its row in `added` int32 [tokens, 3] (first code point's index, length, id),
     sorted by length, longest first; -1 for none."""
@@ -133,7 +133,7 @@ def _added_at(points: Points, at: int, end: int, added: Int32Array, added_points
     return -1
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True)
 def _split(
     points: Points, classes: Bytes, start: int, end: int, bit: int, added: Int32Array, added_points: Points
 ) -> tuple[int, int]:
@@ -146,7 +146,7 @@ def _split(
     return end, -1
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True)
 def encode_batch(
     points: Points,
     buffer: Bytes,
@@ -222,7 +222,7 @@ def encode_batch(
     return count
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@njit(inline="always")
 def _before_digit(points: Points, classes: Bytes, start: int, end: int) -> Any:
     """Where the piece that starts at `start` ends: a digit is a piece of its own, and ends the one before it."""
     if classes[points[start]] & DIGIT:
@@ -232,7 +232,7 @@ def _before_digit(points: Points, classes: Bytes, start: int, end: int) -> Any:
     return start
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@njit(inline="always")
 def _utf8_length(points: Points, start: int, end: int) -> Any:
     length = end - start
     for i in range(start, end):
@@ -242,7 +242,7 @@ def _utf8_length(points: Points, start: int, end: int) -> Any:
     return length
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True)
 def first_in_class(points: Points, classes: Bytes, start: int, bit: int) -> Any:
     """The first code point from `start` on that has a bit of the class table; the number of code points for none."""
     for at in range(start, len(points)):
@@ -251,7 +251,7 @@ def first_in_class(points: Points, classes: Bytes, start: int, bit: int) -> Any:
     return len(points)
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True)
 def to_bytes(points: Points, places: Int64Array) -> None:
     """Turn characters into bytes, in place; `places` ascend from one to the next."""
     at, byte = 0, 0
@@ -261,7 +261,7 @@ def to_bytes(points: Points, places: Int64Array) -> None:
         places[i] = byte
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True)
 def mark_spans(
     ids: Int32Array,
     ends: Int64Array,

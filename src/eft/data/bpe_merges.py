@@ -30,7 +30,7 @@ ARENA_BYTES = 1 << 24
 # ---- merging ----
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@njit(inline="always")
 def merge_slot(keys: Keys, left: int, right: int) -> Any:
     """The slot of a pair in the open-addressed merge table; it is free (key 0) where there is no such merge."""
     key = (np.uint64(left) << _HIGH | np.uint64(right)) + np.uint64(1)
@@ -41,7 +41,7 @@ def merge_slot(keys: Keys, left: int, right: int) -> Any:
     return slot
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True)
 def fill_merges(
     lefts: Int32Array, rights: Int32Array, news: Int32Array, keys: Keys, ranks: Int32Array, merged: Int32Array
 ) -> None:
@@ -53,7 +53,7 @@ def fill_merges(
         merged[slot] = news[rank]
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True)
 def _merge_short(ids: Int32Array, count: int, keys: Keys, ranks: Int32Array, merged: Int32Array) -> Any:
     """Merge ids[:count] in place: always the pair of lowest rank, the leftmost of equal ones. Returns the new count."""
     none = np.int32(2147483647)
@@ -83,7 +83,7 @@ def _merge_short(ids: Int32Array, count: int, keys: Keys, ranks: Int32Array, mer
     return count
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True)
 def _sift_down(heap: Int64Array, size: int, at: int) -> None:
     item = heap[at]
     while 2 * at + 1 < size:
@@ -97,7 +97,7 @@ def _sift_down(heap: Int64Array, size: int, at: int) -> None:
     heap[at] = item
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True)
 def _push(heap: Int64Array, size: int, item: int) -> None:
     at = size
     while at > 0 and item < heap[(at - 1) // 2]:
@@ -106,7 +106,7 @@ def _push(heap: Int64Array, size: int, item: int) -> None:
     heap[at] = item
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True)
 def _merge_long(ids: Int32Array, count: int, keys: Keys, ranks: Int32Array, merged: Int32Array) -> Any:
     """As `_merge_short` in O(n log n): a heap of (rank, position), entries checked when they come up."""
     before = np.arange(-1, count - 1)
@@ -153,7 +153,7 @@ def _merge_long(ids: Int32Array, count: int, keys: Keys, ranks: Int32Array, merg
 # ---- pre-tokens seen before ----
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@njit(inline="always")
 def word_slot(buffer: Bytes, start: int, stop: int, words: Keys, arena: Bytes) -> Any:
     """The slot of these bytes in `words` uint64 [slots], 0 where it is free.
 
@@ -178,7 +178,7 @@ def word_slot(buffer: Bytes, start: int, stop: int, words: Keys, arena: Bytes) -
     return slot
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@njit(inline="always")
 def copy_known(word: Any, known: Int32Array, ids: Int32Array, count: int) -> Any:
     """Put the ids of a used slot at ids[count:]; returns how many."""
     value = np.int64(word & _VALUE)
@@ -192,7 +192,7 @@ def copy_known(word: Any, known: Int32Array, ids: Int32Array, count: int) -> Any
     return number
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True)
 def remember(
     buffer: Bytes,
     start: int,
@@ -224,7 +224,7 @@ def remember(
     used[1] += length
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True)
 def merge_word(
     buffer: Bytes,
     start: int,

@@ -23,6 +23,7 @@ from eft.config.data import DataConfig, DatasetConfig
 from eft.core.errors import DataError
 from eft.core.hashing import hash_json
 from eft.data.block_encoder import Tally
+from eft.data.seen import Seen
 from eft.data.store import TokenStore, open_store
 from eft.data.store_writer import META_FILE
 
@@ -77,6 +78,8 @@ class Uses:
     """Tokens of the longest sample, where none was too long: any `sequence_len` from there on gives the same store."""
     shortest: int | None
     """Tokens of the shortest sample, where none was too short."""
+    seen: Mapping[str, Any] | None = None
+    """What its rows had that keys speak of, see `seen.Seen`; None: not known."""
 
     def to_json(self) -> dict[str, Any]:
         return dict(self.__dict__)
@@ -112,12 +115,21 @@ def uses_of(tally: Tally, spec: DatasetConfig, cfg: DataConfig) -> Uses:
     if "malformed" in dropped or "template" in dropped:
         names.add("malformed_rows")
     options = {name: values[name] for name in sorted(names)}
-    return Uses(options, None if too_long else tally.longest, None if too_short else tally.shortest)
+    lengths = (None if too_long else tally.longest, None if too_short else tally.shortest)
+    return Uses(options, *lengths, tally.seen.to_json())
 
 
 def obstacles(uses: Uses, values: Mapping[str, Any]) -> list[str]:
     """Why these values would give another store; empty where they give the same."""
-    found = _differences(uses.options, {name: values.get(name) for name in uses.options})
+    options = uses.options
+    if uses.seen is not None:
+        seen = Seen.from_json(uses.seen)
+        options = {
+            name: old
+            for name, old in options.items()
+            if old == values.get(name) or not seen.had_no_say(name, old, values.get(name))
+        }
+    found = _differences(options, {name: values.get(name) for name in options})
     if uses.longest is not None and values["sequence_len"] < uses.longest:
         found.append(f"sequence_len {values['sequence_len']} is below its longest sample, {uses.longest} tokens")
     if uses.shortest is not None and values["min_sample_len"] > uses.shortest:

@@ -16,11 +16,16 @@ _PLAIN = {"role", "content"}
 
 def conversation_bytes(messages: Sequence[Message], tools: Any) -> bytes:
     """UTF-8 that `read_conversation` takes."""
-    if not tools and all(message.keys() == _PLAIN for message in messages):
-        text = _TURN.join([f"{message['role']}{_TEXT}{message['content']}" for message in messages])
-        if text.count(_TEXT) == len(messages) and text.count(_TURN) == len(messages) - 1:
+    parts: list[str] = []
+    for message in messages if not tools else ():
+        if message.keys() != _PLAIN:
+            break
+        parts += (_TURN, message["role"], _TEXT, message["content"])
+    if len(parts) == 4 * len(messages):
+        text = "".join(parts)
+        if text.count(_TEXT) == text.count(_TURN) == len(messages):
             try:
-                return (_TURN + text).encode()
+                return text.encode()
             except UnicodeEncodeError:  # half of a character, which JSON can say
                 pass
     return _ENCODER.encode({"messages": messages, "tools": tools}).encode()

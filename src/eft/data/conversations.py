@@ -18,6 +18,7 @@ from eft.data.alignment import escaped, exact_offsets, foreign_specials, labelle
 from eft.data.fast_tokenizer import FastTokenizer
 from eft.data.formats import Example
 from eft.data.masks import MaskRules, renderings
+from eft.data.seen import HISTORY, SPECIAL_TEXT
 from eft.data.skeletons import Skeletons, Text
 from eft.data.token_facts import TokenizerFacts
 from eft.data.turns import Layout, Span, UnprovableError
@@ -65,6 +66,8 @@ class ConversationEncoder:
         self._tokenizer, self._template, self._rules = tokenizer, template, rules
         self._facts = TokenizerFacts(tokenizer, rules.eot_tokens)
         self._skeletons = Skeletons(tokenizer, template, rules, self._facts)
+        self.met: set[str] = set()
+        """SPECIAL_TEXT and HISTORY, where the last call met them."""
 
     def __call__(self, examples: Sequence[Example]) -> list[Outcome]:
         """Ids and labels of many conversations, tokenised in one call.
@@ -79,11 +82,13 @@ class ConversationEncoder:
             be proven or where the template leaves out a part of a trained turn.
         """
         found: list[list[_Piece] | Rejected] = []
+        self.met = set()
         for example in examples:
             try:
                 found.append(self._pieces(example))
             except UnprovableError as error:
                 found.append(Rejected(str(error)))
+                self.met.add(HISTORY)
         samples = iter(self._tokenised([each for part in found if isinstance(part, list) for each in part]))
         return [part if isinstance(part, Rejected) else _gathered([next(samples) for _ in part]) for part in found]
 
@@ -92,6 +97,8 @@ class ConversationEncoder:
         pieces = self._rendered(example) if texts is None else [_Piece(text, []) for text in texts]
         if not all(is_unicode(piece.text.text) for piece in pieces):
             raise UnprovableError(NOT_UNICODE)
+        if any(piece.text.is_part for piece in pieces):
+            self.met.add(HISTORY)
         return pieces
 
     def _rendered(self, example: Example) -> list[_Piece]:
@@ -100,9 +107,9 @@ class ConversationEncoder:
         layout = Layout(self._tokenizer, self._template, example.messages, example.tools, self._facts)
         if not is_unicode(layout.text):
             raise UnprovableError(NOT_UNICODE)
-        rules, literal = self._rules, None
-        if rules.refuses or rules.escapes:
-            literal = special_text(example.messages, example.tools, self._facts)
+        rules, literal = self._rules, special_text(example.messages, example.tools, self._facts)
+        if literal is not None:
+            self.met.add(SPECIAL_TEXT)
         if literal is not None and rules.refuses:
             place, token = literal
             raise UnprovableError(
@@ -110,7 +117,10 @@ class ConversationEncoder:
                 "`special_tokens_in_content: escape` to train it as plain text, `keep` to train it as the token"
             )
         return [
-            _Piece(Text(each.layout.text, each.spans), [] if literal is None else foreign_specials(each.layout))
+            _Piece(
+                Text(each.layout.text, each.spans, each.is_part),
+                foreign_specials(each.layout) if literal is not None and rules.escapes else [],
+            )
             for each in renderings(layout, example.marks, rules)
         ]
 

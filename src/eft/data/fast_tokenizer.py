@@ -58,29 +58,32 @@ class FastTokenizer:
         able = self.encoder.can_encode(batch)
         if not all(able):
             batch = self.encoder.batch(list(compress(texts, able)))
-        places: list[tuple[int, int]] = []
+        places: list[int] = []
         span_ends: list[int] = []
+        simple: list[bool] = []
         start = 0
         for stop, own in zip(batch.ends.tolist(), compress(spans, able), strict=True):
+            simple.append(own is None or _is_simple(own))
             if own is None:
-                places.append((start, stop))
-            elif _is_simple(own):
-                places += [(start + span.start, start + span.stop) for span in own]
-            span_ends.append(len(places))
+                places += (start, stop)
+            elif simple[-1]:
+                for span in own:
+                    places += (start + span.start, start + span.stop)
+            span_ends.append(len(places) // 2)
             start = stop
         encoded = self.encoder.encode(batch)
         in_batch = np.array(places, dtype=np.int64).reshape(-1, 2)
         ends = np.array(span_ends, dtype=np.int64)
         labels = self.encoder.labels(batch, encoded, in_batch, ends, facts.special_ids)
-        parts = iter(pairwise([0, *encoded.ends.tolist()]))
+        parts = iter(zip(pairwise([0, *encoded.ends.tolist()]), simple, strict=True))
         samples: list[TokenSample | None] = []
         for text, own, is_able in zip(texts, spans, able, strict=True):
             if not is_able:
                 samples.append(None)
                 continue
-            first, last = next(parts)
+            (first, last), is_simple = next(parts)
             ids = encoded.ids[first:last]
-            if own is None or _is_simple(own):
+            if own is None or is_simple:
                 samples.append(TokenSample(ids, labels[first:last]))
             else:
                 samples.append(labelled(ids, exact_offsets(ids, (), text, facts), own, facts))
@@ -89,6 +92,9 @@ class FastTokenizer:
 
 def _is_simple(spans: Sequence[Span]) -> bool:
     """Whether the spans have no weights and are ascending and apart."""
-    return all(span.weight == 1.0 and span.start < span.stop for span in spans) and all(
-        before.stop <= after.start for before, after in pairwise(spans)
-    )
+    reached = 0
+    for span in spans:
+        if span.weight != 1.0 or span.start >= span.stop or span.start < reached:
+            return False
+        reached = span.stop
+    return True

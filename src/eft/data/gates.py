@@ -149,7 +149,7 @@ class GateReport:
 def check_gates(
     cfg: DataConfig,
     entries: Sequence[GatedEntry],
-    train: TokenView,
+    train: TokenView | None,
     evals: Mapping[str, SampleSet],
     *,
     compare_all: bool = False,
@@ -158,7 +158,7 @@ def check_gates(
 
     Args:
         entries: training data sets in the order of `train.bases`, then evaluation ones.
-        train: what is trained, after mixing.
+        train: what is trained, after mixing; None: nothing was prepared of it.
         evals: the held-out sets.
         compare_all: compare every conversation with apply_chat_template, not `data_gate_conversations` of each set.
     """
@@ -176,8 +176,9 @@ def check_gates(
         faults, judged = compared(entry, None if compare_all else cfg.data_gate_conversations)
         num_compared += judged
         results.append(_template_result(entry, faults, judged, serves_another=is_served_otherwise))
-    results += _duplicates(entries, train)
-    results += _leaks(entries, surveys, train, evals)
+    if train is not None:
+        results += _duplicates(entries, train)
+        results += _leaks(entries, surveys, train, evals)
     limits = {**{name: limit for name, (limit, _) in GATES.items()}, **cfg.data_gate_limits}
     for result in results:
         result.limit = limits[result.gate]
@@ -198,18 +199,18 @@ def pass_gates(
 ) -> GateReport | None:
     """Judge prepared data, put the result into their ledger, and stop or warn as `data_gates` says.
 
-    None with `data_gates: off`, and for data that are not prepared (streams).
+    None with `data_gates: off`, and for data that were not prepared here.
 
     Raises DataGateError, with the worst rows, where `stop` and `data_gates: error` say so.
     """
-    if not isinstance(prepared.train, TokenView) or not prepared.entries:
+    data = prepared.gated
+    if data is None:
         return None
-    evals = {name: held_out for name, held_out in prepared.evals.items() if isinstance(held_out, SampleSet)}
-    report = check_gates(cfg, prepared.entries, prepared.train, evals, compare_all=compare_all)
+    report = check_gates(cfg, data.entries, data.train, data.evals, compare_all=compare_all)
     if report is None:
         return None
     prepared.ledger.gates = report.to_json()
-    error = gate_error(report, prepared.entries, tokenizer)
+    error = gate_error(report, data.entries, tokenizer)
     if error is not None and cfg.data_gates == "error" and stop:
         raise error
     if error is not None and stop:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -15,14 +15,19 @@ from eft.config.data import DataConfig, DatasetConfig
 from eft.core import atomic
 from eft.core.hashing import hash_json
 from eft.core.records import TokenSample
+from eft.data.block_set import BlockSet
 from eft.data.conversation_text import read_conversation
 from eft.data.gates_openings import Openings, learn_openings
 from eft.data.gates_survey import Survey, SurveyRules, survey
 from eft.data.gates_template import TemplateRules, compare_with_template
 from eft.data.ledger import SourceLedger
+from eft.data.sample_set import SampleSet, TokenView
 from eft.data.shown import special_ids
 from eft.data.store import TokenStore
 from eft.data.token_facts import TokenizerFacts
+
+if TYPE_CHECKING:  # it needs torch and Pillow, which data without images do not
+    from eft.data.gates_images import ImageGate
 
 GATES_VERSION = 1
 """Raised whenever a survey would find something else: kept results are stale."""
@@ -47,16 +52,18 @@ _ROLES = ("system", "user", "assistant", "tool")
 
 @dataclass(frozen=True)
 class GatedEntry:
-    """An entry of `datasets` or `test_datasets` with its store."""
+    """An entry of `datasets` or `test_datasets` with its samples."""
 
     name: str
     spec: DatasetConfig
     cfg: DataConfig
-    store: TokenStore
+    store: TokenStore | BlockSet
     account: SourceLedger
     tokenizer: PreTrainedTokenizerBase
     template: str | None
     """The Jinja text of its conversations; None where it has none."""
+    images: ImageGate | None = None
+    """Of rows with images."""
 
     @property
     def is_as_served(self) -> bool:
@@ -76,6 +83,17 @@ class GatedEntry:
         return {**general, **own}
 
 
+@dataclass(frozen=True)
+class GatedData:
+    """What the gates judge of a run: its data, or what stands for them."""
+
+    entries: list[GatedEntry]
+    """Training data first, in the order of `train.bases`."""
+    train: TokenView | None
+    """None: there are held-out data only."""
+    evals: dict[str, SampleSet]
+
+
 def surveyed(entry: GatedEntry) -> Survey:
     """The survey of an entry's store: the kept one, or a new one."""
     tokenizer, values = entry.tokenizer, entry.values()
@@ -83,6 +101,8 @@ def surveyed(entry: GatedEntry) -> Survey:
     openings = _openings(entry, facts)
     rules = _rules(entry, values, facts, openings)
     texts = _token_texts(entry, facts)
+    if not isinstance(entry.store, TokenStore):
+        return survey(entry.store, rules, openings, texts)
     facts_of_survey = [GATES_VERSION, asdict(rules), repr(openings), None if texts is None else len(texts)]
     path = entry.store.path / f"gates-{hash_json(facts_of_survey)[:16]}"
     kept, keys = path.with_suffix(".json"), path.with_suffix(".npy")
@@ -109,7 +129,10 @@ def _npy(values: Any) -> bytes:
 
 def _openings(entry: GatedEntry, facts: TokenizerFacts) -> Openings | None:
     template = entry.template or entry.tokenizer.chat_template
-    return learn_openings(entry.tokenizer, template, facts) if isinstance(template, str) else None
+    if not isinstance(template, str):
+        return None
+    renderer: Any = entry.tokenizer if entry.images is None else entry.images.renderer(template)
+    return learn_openings(renderer, template, facts)
 
 
 def _rules(entry: GatedEntry, values: dict[str, Any], facts: TokenizerFacts, openings: Openings | None) -> SurveyRules:
@@ -148,7 +171,9 @@ def _token_texts(entry: GatedEntry, facts: TokenizerFacts) -> list[bytes] | None
     shown = [store.sample(index).input_ids[:256].tolist() for index in range(min(4, len(store)))]
     for texts in (facts.token_bytes, _sentencepiece_bytes(tokenizer)):
         if all(_is_text_of(ids, texts, tokenizer) for ids in shown):
-            return texts
+            # Of an image nothing is text: what is looked for is the turns around it.
+            unwritten = entry.images.placeholders if entry.images is not None else ()
+            return [b"" if number in unwritten else text for number, text in enumerate(texts)] if unwritten else texts
     return None
 
 
@@ -181,6 +206,11 @@ def compared(entry: GatedEntry, most: int | None) -> tuple[list[tuple[int, str]]
     if entry.template is None or not len(entry.store):
         return [], 0
     values = entry.values()
+    may_split = values["rewritten_history"] == "split"
+    if entry.images is not None:
+        chosen = [(index, conversation) for index, _, conversation in _conversations(entry.store, most)]
+        found = list(entry.images.compared(chosen, entry.template, may_split=may_split))
+        return [(index, fault) for index, fault in found if fault is not None], len(found)
     facts = TokenizerFacts(entry.tokenizer, values["eot_tokens"])
     only_assistant = values["roles_to_train"] == ["assistant"] and not values["train_on_inputs"]
     marked = values["message_field_training_detail"] is not None or values["message_field_training"] is not None
@@ -190,7 +220,7 @@ def compared(entry: GatedEntry, most: int | None) -> tuple[list[tuple[int, str]]
         and not marked
         and values["train_on_eos"] != "all"
         and values["train_on_eot"] != "all",
-        may_split=values["rewritten_history"] == "split",
+        may_split=may_split,
         may_cut=values["excess_length_strategy"] == "truncate",
         skips_special_text=values["special_tokens_in_content"] == "escape",
     )
@@ -204,7 +234,7 @@ def compared(entry: GatedEntry, most: int | None) -> tuple[list[tuple[int, str]]
     return faults, judged
 
 
-def _conversations(store: TokenStore, most: int | None) -> Iterator[tuple[int, TokenSample, dict[str, Any]]]:
+def _conversations(store: TokenStore | BlockSet, most: int | None) -> Iterator[tuple[int, TokenSample, dict[str, Any]]]:
     """(number, sample, conversation) of `most` samples, evenly spread, or of all."""
     if most is not None and most < len(store):
         for index in np.unique(np.linspace(0, len(store) - 1, most, dtype=np.int64)).tolist():

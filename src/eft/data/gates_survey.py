@@ -18,6 +18,7 @@ import numpy.typing as npt
 from eft.config.data import GateName
 from eft.core.constants import IGNORE_INDEX
 from eft.core.records import Int32Array, Int64Array
+from eft.data.block_set import BlockSet
 from eft.data.gates_openings import Openings
 from eft.data.gates_turns import Locator, Regions, TokenBytes
 from eft.data.store import TokenBlock, TokenStore
@@ -117,11 +118,13 @@ PER_STORE: tuple[GateName, ...] = (
 )
 
 
-def survey(store: TokenStore, rules: SurveyRules, openings: Openings | None, texts: list[bytes] | None) -> Survey:
-    """Look at every sample of a store.
+def survey(
+    store: TokenStore | BlockSet, rules: SurveyRules, openings: Openings | None, texts: list[bytes] | None
+) -> Survey:
+    """Look at every sample of a data set.
 
     Args:
-        store: a prepared store.
+        store: the samples.
         rules: what counts as a fault.
         openings: of the data set's template, or of the tokenizer's for ids of unknown origin.
         texts: what each token writes; None: it cannot be told, and roles are not looked for.

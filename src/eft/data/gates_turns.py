@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from eft.core.records import Int32Array, Int64Array
 from eft.data.conversation_text import read_conversation
+from eft.data.formats.example import MARK
 from eft.data.gates_openings import Openings
 from eft.data.store import TokenBlock
 
@@ -114,7 +115,7 @@ class Locator:
                 # What is cut off, or shown by another sample of the row, is missing at the end only.
                 return found or None
             stop = start + len(opening)
-            content = message["content"].strip().encode(errors="replace")
+            content = message["content"].rpartition(MARK)[2].strip().encode(errors="replace")
             slack = _SLACK + 2 * len(message.get("reasoning_content") or "") * 4
             place = text.find(content, stop, min(high, stop + slack + len(content))) if content else stop
             if place < 0:

@@ -13,7 +13,9 @@ from eft.config.root import TrainConfig
 from eft.core.errors import DataError
 from eft.data.cache import prepared_location
 from eft.data.entry import Progress
-from eft.data.formats import check_roles_to_train, resolve_format
+from eft.data.formats import Example, check_roles_to_train, resolve_format
+from eft.data.gates_entry import GatedData, GatedEntry
+from eft.data.gates_images import ImageGate, gated_images
 from eft.data.image_rows import ImageRowEncoder, ImageSample
 from eft.data.image_set import ImageSet
 from eft.data.images import ImageFinder, ImageSize
@@ -23,7 +25,7 @@ from eft.data.mixture import held_out_count, random_order
 from eft.data.prepare import PreparedData, names_of, template_for
 from eft.data.readers import Row
 from eft.data.rows import rows_of
-from eft.data.sample_set import TokenView
+from eft.data.sample_set import SampleSet, TokenView
 from eft.data.sources import iter_blocks, no_rows
 from eft.data.turns import UnprovableError
 
@@ -34,6 +36,7 @@ _SPLIT_STREAM, _ORDER_STREAM = 11, 12
 class _Entry:
     samples: ImageSet
     account: SourceLedger
+    gated: GatedEntry
 
 
 def image_size_of(cfg: TrainConfig) -> ImageSize:
@@ -78,7 +81,15 @@ def prepare_images(cfg: TrainConfig, processor: Any, *, progress: Progress | Non
         evals["eval"] = TokenView(sets, held_out, sources)
     ledger = Ledger([entry.account for entry in (*trains, *tests.values())])
     ledger.check()
-    return PreparedData(train=TokenView(sets, kept, sources), evals=evals, ledger=ledger, cache_note="")
+    blocks = [entry.gated.store for entry in trains]
+    gated_evals: dict[str, SampleSet] = {name: entry.gated.store for name, entry in tests.items()}
+    if len(held_out):
+        gated_evals["eval"] = TokenView(blocks, held_out, sources)
+    gated = GatedData(
+        [entry.gated for entry in (*trains, *tests.values())], TokenView(blocks, kept, sources), gated_evals
+    )
+    train = TokenView(sets, kept, sources)
+    return PreparedData(train=train, evals=evals, ledger=ledger, cache_note="", gated=gated)
 
 
 def _entry(spec: DatasetConfig, name: str, split: Literal["train", "eval"], cfg: TrainConfig, processor: Any) -> _Entry:
@@ -99,7 +110,20 @@ def _entry(spec: DatasetConfig, name: str, split: Literal["train", "eval"], cfg:
             for reason, portion in reading.account.dropped.items()
         )
         raise DataError(f"{spec.path}: none of its {reading.account.rows} rows can be trained on: {dropped}")
-    return _Entry(ImageSet(reading.samples, reading.origins, reading.rows, name), reading.account)
+    samples = ImageSet(reading.samples, reading.origins, reading.rows, name)
+    images = ImageGate(processor, samples.samples, image_size_of(cfg), frozenset(encoder.placeholders))
+    shown = name if split == "train" else f"{name} (evaluation)"
+    gated = GatedEntry(
+        shown,
+        spec,
+        cfg,
+        gated_images(samples, reading.examples),
+        reading.account,
+        processor.tokenizer,
+        template,
+        images,
+    )
+    return _Entry(samples, reading.account, gated)
 
 
 class _Reading:
@@ -118,6 +142,8 @@ class _Reading:
         self._format = resolve_format(spec)
         self.account = account
         self.samples: list[ImageSample] = []
+        self.examples: list[Example] = []
+        """The conversation of each sample's row."""
         self.origins: list[str] = []
         self.rows: list[int] = []
 
@@ -130,7 +156,8 @@ class _Reading:
     def take(self, row: Row) -> None:
         try:
             changed, images = self._finder(row)
-            found = self._encoder(self._format(changed, self._spec), images)
+            example = self._format(changed, self._spec)
+            found = self._encoder(example, images)
         except DataError as error:
             self.broken(row.number, error)
             return
@@ -140,9 +167,9 @@ class _Reading:
         self.account.rows += 1
         self.account.further_samples += len(found) - 1
         for sample in found:
-            self._keep(row, sample)
+            self._keep(row, example, sample)
 
-    def _keep(self, row: Row, sample: ImageSample) -> None:
+    def _keep(self, row: Row, example: Example, sample: ImageSample) -> None:
         length = len(sample.input_ids)
         self.account.raw += length
         trained = int(np.count_nonzero(sample.labels[1:] != -100))
@@ -162,6 +189,7 @@ class _Reading:
             self.account.trainable += trained
             self.account.context += length - trained
             self.samples.append(sample)
+            self.examples.append(example)
             self.origins.append(row.where)
             self.rows.append(row.number)
 

@@ -18,7 +18,8 @@ from eft.core.errors import DataError
 from eft.core.records import TokenSample
 from eft.data.alignment import exact_offsets, labelled, special_text
 from eft.data.formats import Example
-from eft.data.images import MARK, ImageRef, ImageSize, open_image
+from eft.data.formats.example import MARK
+from eft.data.images import ImageRef, ImageSize, open_image
 from eft.data.masks import MaskRules, renderings
 from eft.data.token_facts import TokenizerFacts
 from eft.data.turns import RENDER_ERRORS, Layout, RewrittenError, Span, UnprovableError
@@ -45,10 +46,17 @@ class PartsTokenizer:
 
     def apply_chat_template(self, messages: list[Any], *, chat_template: str, **options: Any) -> Any:
         """As the tokenizer's, of `messages` whose content is text."""
-        shaped = [{**message, "content": self._shaped(message["content"])} for message in messages]
+        shaped = [{**message, "content": self.shaped(message["content"])} for message in messages]
         return self._tokenizer.apply_chat_template(shaped, chat_template=chat_template, **options)
 
-    def _shaped(self, content: str) -> Any:
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def __call__(self, text: Any, **options: Any) -> Any:
+        return self._tokenizer(text, **options)
+
+    def shaped(self, content: str) -> Any:
+        """A turn's content as the template takes it: the text, or a list of its parts."""
         if MARK not in content and self._takes_text:
             return content
         parts: list[dict[str, str]] = []
@@ -97,6 +105,8 @@ class ImageRowEncoder:
         self._size = size
         self._facts = TokenizerFacts(processor.tokenizer, rules.eot_tokens)
         self._renderer = PartsTokenizer(processor.tokenizer, template)
+        self.placeholders: set[int] = set()
+        """Special tokens that were written for images so far."""
 
     def __call__(self, example: Example, images: Sequence[ImageRef]) -> list[ImageSample]:
         """The samples of a row: one, or several where the template rewrites history.
@@ -136,7 +146,9 @@ class ImageRowEncoder:
         sample = labelled(ids, characters, moved, self._facts)
         for each in replaced:
             start, stop = each["new_span"]
-            sample.labels[(characters[:, 0] < stop) & (characters[:, 1] > start)] = IGNORE_INDEX
+            inside = (characters[:, 0] < stop) & (characters[:, 1] > start)
+            sample.labels[inside] = IGNORE_INDEX
+            self.placeholders.update(np.intersect1d(sample.input_ids[inside], self._facts.special_ids).tolist())
         return ImageSample(sample.input_ids, sample.labels, sample.weights, text, tuple(images))
 
 

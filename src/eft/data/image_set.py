@@ -34,9 +34,9 @@ class ImageSet(SampleSet):
         self.row_ids = np.array(rows, np.int64)
         self.largest_id = max((int(sample.input_ids.max()) for sample in samples), default=0)
         ids, whole = bytearray(), bytearray()
-        for sample in samples:
-            # Other pixels are another sample, whatever the text says.
-            pixels = b"".join(image_hash(ref.path) for ref in sample.images)
+        self.pixels = [b"".join(image_hash(ref.path) for ref in sample.images) for sample in samples]
+        """The hashes of each sample's images: other pixels are another sample, whatever the text says."""
+        for sample, pixels in zip(samples, self.pixels, strict=True):
             for digest, out in zip(digests_of(sample), (ids, whole), strict=True):
                 out += hashlib.blake2b(digest + pixels, digest_size=DIGEST_BYTES).digest()
         self.id_digests = np.frombuffer(bytes(ids), dtype=DIGEST_DTYPE)

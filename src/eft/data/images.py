@@ -20,10 +20,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from eft.config.data import DatasetConfig
 from eft.core import atomic
 from eft.core.errors import DataError
+from eft.data.formats.example import MARK
 from eft.data.readers import Row
 
-MARK = "\ufdd0"
-"""A noncharacter: Unicode keeps it for uses like this, and no text holds it."""
 COLUMNS = ("images", "image")
 PLACEHOLDER = "<image>"
 """What rows with a column of images often have in their text where an image belongs."""

@@ -39,7 +39,7 @@ def like_steps(
     return Packing(_copy_bins(packing.order, packing.offsets, bin_order), offsets)
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True)
 def _costs_of_bins(lengths: Int32Array, order: Int32Array, offsets: Int64Array, cost_ratio: float) -> Float64Array:
     """tokens + `cost_ratio` · Σ len² of each bin, float64 [bins]; `order` without marks."""
     costs = np.empty(len(offsets) - 1)
@@ -53,7 +53,7 @@ def _costs_of_bins(lengths: Int32Array, order: Int32Array, offsets: Int64Array, 
     return costs
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True)
 def _copy_bins(order: Int32Array, offsets: Int64Array, bin_order: Int32Array) -> Int32Array:
     """The samples of the bins in `bin_order`, one bin after another."""
     out = np.empty_like(order)

@@ -17,9 +17,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from eft.core.records import Int32Array, TokenDataset
-from eft.data.balance import bin_costs, share_step
+from eft.data.balance import RankShare
 from eft.data.collators import Batch, Collator, add_groups
-from eft.data.plan import EvalPlan, Plan, StepPlan
+from eft.data.plan import EvalPlan, Plan
 from eft.data.sample_set import SampleSet
 from eft.data.stream_plan import StreamPlan, StreamStep
 
@@ -41,43 +41,18 @@ class TrainSampler(Sampler[MicroBatch]):
     `len` is that of the whole run all the same: the trainer derives its total from it, and skips nothing itself.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        *,
-        rank: int,
-        world_size: int,
-        accumulation: int,
-        micro_batch_size: int,
-        cursor: Callable[[], int],
-        cost_ratio: float,
-    ) -> None:
-        assert 0 <= rank < world_size
-        assert plan.global_batch_size <= world_size * accumulation * micro_batch_size
-        self._plan = plan
-        self._rank = rank
-        self._world_size = world_size
-        self._accumulation = accumulation
-        self._micro_batch_size = micro_batch_size
-        self._cursor = cursor
-        self._cost_ratio = cost_ratio
+    def __init__(self, plan: Plan, share: RankShare, cursor: Callable[[], int]) -> None:
+        assert plan.global_batch_size <= share.step_bins
+        self._plan, self._share, self._cursor = plan, share, cursor
 
     def __len__(self) -> int:
-        return self._plan.total_steps * self._accumulation
+        return self._plan.total_steps * self._share.accumulation
 
     def __iter__(self) -> Iterator[MicroBatch]:
         for number in range(self._cursor(), self._plan.total_steps):
             step = self._plan.step(number)
-            for bins in self._share(step):
+            for bins in self._share.of(step, self._plan.dataset.lengths):
                 yield MicroBatch(number, step.weight, bins, step.tokens)
-
-    def _share(self, step: StepPlan) -> list[list[Int32Array]]:
-        """This rank's bins of a step, by micro-batch."""
-        if self._world_size == self._micro_batch_size == 1:
-            # Nothing to balance: what `share_step` says, too, only that it works out costs first.
-            return [[ids] for ids in step.bins] + [[] for _ in range(self._accumulation - len(step.bins))]
-        costs = bin_costs(self._plan.dataset.lengths, step.bins, self._cost_ratio)
-        return share_step(step, costs, self._world_size, self._accumulation, self._micro_batch_size)[self._rank]
 
 
 @dataclass(frozen=True)
@@ -91,32 +66,16 @@ class StreamMicroBatch:
 class StreamSampler(Sampler[StreamMicroBatch]):
     """As `TrainSampler`, over a stream. Every rank makes the same steps and takes its share of each."""
 
-    def __init__(
-        self,
-        plan: StreamPlan,
-        *,
-        rank: int,
-        world_size: int,
-        accumulation: int,
-        micro_batch_size: int,
-        cursor: Callable[[], int],
-        cost_ratio: float,
-    ) -> None:
-        assert 0 <= rank < world_size
-        assert plan.global_batch_size <= world_size * accumulation * micro_batch_size
-        self._plan = plan
-        self._rank = rank
-        self._shape = (world_size, accumulation, micro_batch_size)
-        self._cursor = cursor
-        self._cost_ratio = cost_ratio
+    def __init__(self, plan: StreamPlan, share: RankShare, cursor: Callable[[], int]) -> None:
+        assert plan.global_batch_size <= share.step_bins
+        self._plan, self._share, self._cursor = plan, share, cursor
 
     def __len__(self) -> int:
-        return self._plan.total_steps * self._shape[1]
+        return self._plan.total_steps * self._share.accumulation
 
     def __iter__(self) -> Iterator[StreamMicroBatch]:
         for step in self._plan.steps_from(self._cursor()):
-            costs = bin_costs(step.lengths, step.plan.bins, self._cost_ratio)
-            for bins in share_step(step.plan, costs, *self._shape)[self._rank]:
+            for bins in self._share.of(step.plan, step.lengths):
                 yield StreamMicroBatch(step, bins)
 
 
@@ -212,33 +171,20 @@ def build_train_loader(
     plan: Plan,
     collator: Collator,
     *,
-    rank: int,
-    world_size: int,
-    accumulation: int,
-    micro_batch_size: int,
+    share: RankShare,
     cursor: Callable[[], int],
     num_workers: int = 0,
     pin_memory: bool = False,
     prefetch_factor: int = 2,
-    cost_ratio: float = 0.0,
 ) -> DataLoader[Batch]:
     """One loader for the whole run.
 
     Each item is a collator's batch plus `step` int, `step_weight` float (Σ weight of the optimizer step over all ranks)
-    and `step_tokens` int (its real tokens). `len` is always `plan.total_steps` × `accumulation`; an iteration starts at
-    optimizer step `cursor()` and yields what remains. `cost_ratio` is k in the cost of a bin, tokens + k·Σ len², by
-    which ranks are balanced. `prefetch_factor`: batches a worker holds ready. Without workers, and with `pin_memory`, a
-    thread has the next batch ready.
+    and `step_tokens` int (its real tokens). `len` is always `plan.total_steps` × accumulation; an iteration starts at
+    optimizer step `cursor()` and yields what remains. `prefetch_factor`: batches a worker holds ready. Without workers,
+    and with `pin_memory`, a thread has the next batch ready.
     """
-    sampler = TrainSampler(
-        plan,
-        rank=rank,
-        world_size=world_size,
-        accumulation=accumulation,
-        micro_batch_size=micro_batch_size,
-        cursor=cursor,
-        cost_ratio=cost_ratio,
-    )
+    sampler = TrainSampler(plan, share, cursor)
     return _loader(_MicroBatches(dataset, collator), sampler, num_workers, pin_memory, prefetch_factor)
 
 
@@ -246,25 +192,12 @@ def build_stream_loader(
     plan: StreamPlan,
     collator: Collator,
     *,
-    rank: int,
-    world_size: int,
-    accumulation: int,
-    micro_batch_size: int,
+    share: RankShare,
     cursor: Callable[[], int],
     pin_memory: bool = False,
-    cost_ratio: float = 0.0,
 ) -> DataLoader[Batch]:
     """As `build_train_loader`, over a stream, whose rows are tokenised by threads or processes of its own."""
-    sampler = StreamSampler(
-        plan,
-        rank=rank,
-        world_size=world_size,
-        accumulation=accumulation,
-        micro_batch_size=micro_batch_size,
-        cursor=cursor,
-        cost_ratio=cost_ratio,
-    )
-    return _loader(_StreamBatches(plan, collator), sampler, 0, pin_memory, 2)
+    return _loader(_StreamBatches(plan, collator), StreamSampler(plan, share, cursor), 0, pin_memory, 2)
 
 
 def build_eval_loader(

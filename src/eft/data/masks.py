@@ -68,6 +68,8 @@ class Rendering:
 
     layout: Layout
     spans: list[Span] | None
+    is_part: bool = False
+    """The conversation up to some turn, as its template rewrites history."""
 
 
 def renderings(layout: Layout, marks: tuple[TurnMark, ...] | None, rules: MaskRules) -> list[Rendering]:
@@ -159,7 +161,7 @@ class _Conversation:
                     if turn == left[-1]:
                         raise self._with_remedy(error) from error
                     still_left.append(turn)
-            found.append(Rendering(layout, spans))
+            found.append(Rendering(layout, spans, is_part=True))
             left = still_left
         return found[::-1]
 

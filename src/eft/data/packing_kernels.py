@@ -29,7 +29,7 @@ _SHORTAGE = 2
 """Mean length of the pending samples, in those of the data, from which short ones are kept back."""
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True)
 def shuffle_in_place(items: Int32Array, key: np.uint64) -> None:
     """Fisher-Yates in place, driven by splitmix64: numpy may change its own shuffle, a resumed run may not."""
     state = key
@@ -42,7 +42,7 @@ def shuffle_in_place(items: Int32Array, key: np.uint64) -> None:
         items[i], items[j] = items[j], items[i]
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True)
 def histogram(lengths: Int32Array, capacity: int) -> Int64Array:
     """Samples of each length, int64 [capacity + 1]."""
     counts = np.zeros(capacity + 1, np.int64)
@@ -51,23 +51,23 @@ def histogram(lengths: Int32Array, capacity: int) -> Int64Array:
     return counts
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True)
 def _index_words(capacity: int) -> UInt64Array:
     """An empty set of the numbers 1 to `capacity`, a bit each: which of the lists by length hold anything."""
     return np.zeros((capacity >> _WORD_BITS) + 1, np.uint64)
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True)
 def _insert(words: UInt64Array, index: int) -> None:
     words[index >> _WORD_BITS] |= _ONE << np.uint64(index & _WORD_MASK)
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True)
 def _remove(words: UInt64Array, index: int) -> None:
     words[index >> _WORD_BITS] &= ~(_ONE << np.uint64(index & _WORD_MASK))
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True)
 def _greatest(words: UInt64Array, most: int) -> np.int64:
     """The greatest number of the set that is at most `most` ≥ 0, 0 when there is none."""
     at = most >> _WORD_BITS
@@ -83,7 +83,7 @@ def _greatest(words: UInt64Array, most: int) -> np.int64:
     return np.int64((at << _WORD_BITS) + bit if word else 0)
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True)
 def fit_close(
     lengths: Int32Array, stream: Int32Array, capacity: int, bin_samples: int, pool_samples: int, order: Int32Array
 ) -> int:
@@ -143,7 +143,7 @@ def fit_close(
     return bins
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True)
 def _emit(order: Int32Array, placed: int, sample: int, stream: Int32Array, following: Int32Array) -> int:
     """Writes a bin, given its last sample (a place in the stream), at `order[placed:]`; returns the new `placed`."""
     end = placed
@@ -156,7 +156,7 @@ def _emit(order: Int32Array, placed: int, sample: int, stream: Int32Array, follo
     return end + 1
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True)
 def stream_best_fit(
     lengths: Int32Array, stream: Int32Array, capacity: int, bin_samples: int, open_bins: int, order: Int32Array
 ) -> int:
@@ -214,7 +214,7 @@ def stream_best_fit(
     return bins
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True)
 def _by_length(lengths: Int32Array, stream: Int32Array, counts: Int64Array) -> Int32Array:
     """The stream sorted by length, samples of one length in stream order: a counting sort."""
     places = np.cumsum(counts) - counts
@@ -226,7 +226,7 @@ def _by_length(lengths: Int32Array, stream: Int32Array, counts: Int64Array) -> I
     return sorted_ids
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True)
 def _plan_groups(counts: Int64Array, capacity: int, bin_samples: int) -> tuple[Int32Array, int]:
     """Best-fit-decreasing on a histogram: equal bins are one group, placed at once.
 
@@ -278,7 +278,7 @@ def _plan_groups(counts: Int64Array, capacity: int, bin_samples: int) -> tuple[I
     return groups, num_groups
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True)
 def dense(lengths: Int32Array, stream: Int32Array, capacity: int, bin_samples: int, order: Int32Array) -> int:
     """Fills `order`, returns the number of bins: best-fit-decreasing. The stream decides between equal lengths only."""
     counts = histogram(lengths, capacity)
@@ -301,7 +301,7 @@ def dense(lengths: Int32Array, stream: Int32Array, capacity: int, bin_samples: i
     return bins
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True)
 def bin_starts(order: Int32Array, num_bins: int) -> Int32Array:
     """Where each bin of a marked `order` begins, int32 [bins]."""
     starts = np.empty(num_bins, np.int32)
@@ -314,7 +314,7 @@ def bin_starts(order: Int32Array, num_bins: int) -> Int32Array:
     return starts
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True)
 def lay_out(order: Int32Array, starts: Int32Array, out: Int32Array) -> None:
     """The bins of a marked `order` that begin at `starts`, one after another, marked, into `out`."""
     placed = 0
@@ -327,7 +327,7 @@ def lay_out(order: Int32Array, starts: Int32Array, out: Int32Array) -> None:
         placed += 1
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True)
 def take_marks(order: Int32Array, num_bins: int) -> Int64Array:
     """Removes the marks; returns where the bins begin and the last one ends, int64 [bins + 1]."""
     offsets = np.zeros(num_bins + 1, np.int64)
@@ -340,7 +340,7 @@ def take_marks(order: Int32Array, num_bins: int) -> Int64Array:
     return offsets
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True)
 def likeness(lengths: Int32Array, order: Int32Array, num_bins: int, logs: Float64Array) -> float:
     """1 - variance of log length inside the bins of a marked `order` ÷ variance over all: an intra-class correlation.
 
@@ -366,7 +366,7 @@ def likeness(lengths: Int32Array, order: Int32Array, num_bins: int, logs: Float6
     return float(1.0 - within * len(order) / spread)
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True)
 def likeness_of_stream(
     lengths: Int32Array, stream: Int32Array, capacity: int, bin_samples: int, logs: Float64Array
 ) -> float:

@@ -31,7 +31,7 @@ from eft.data.cache import StoreKey, prepared_location
 from eft.data.chat_template import template_of
 from eft.data.entry import Progress, write_entry
 from eft.data.formats import gives_conversations, resolve_format
-from eft.data.gates_entry import GatedEntry
+from eft.data.gates_entry import GatedData, GatedEntry
 from eft.data.ledger import ROWS_KEPT, Ledger, Portion, SourceLedger
 from eft.data.masking_code import libraries, masking_code
 from eft.data.mixture import Mixture, mix
@@ -64,8 +64,8 @@ class PreparedData:
     """Up to MAX_CONVERSATIONS held-out conversations; empty for formats without turns."""
     eval_tools: list[list[dict[str, Any]] | None] = field(default_factory=list)
     """The tool definitions of each of `eval_conversations`."""
-    entries: list[GatedEntry] = field(default_factory=list)
-    """Every data set by itself, training data first, for the gates."""
+    gated: GatedData | None = None
+    """For the gates."""
 
 
 @dataclass
@@ -109,18 +109,19 @@ def prepare_datasets(cfg: DataConfig, tokenizer: Any, *, progress: Progress | No
         evals = {name: entry.store for name, entry in zip(names, tests, strict=True)}
     elif len(mixture.held_out):
         evals = {"eval": TokenView(stores, mixture.held_out, sources)}
+    train = TokenView(stores, mixture.train, sources)
     _account_mixture(trains, mixture)
     ledger = Ledger([entry.account for entry in (*trains, *tests)])
     ledger.check()
     conversations = _conversations(list(evals.values()))
     return PreparedData(
-        train=TokenView(stores, mixture.train, sources),
+        train=train,
         evals=dict(evals),
         ledger=ledger,
         cache_note="\n".join(entry.note for entry in (*trains, *tests)),
         eval_conversations=[conversation["messages"] for conversation in conversations],
         eval_tools=[conversation["tools"] for conversation in conversations],
-        entries=_gated(cfg, tokenizer, trains, tests),
+        gated=GatedData(_gated(cfg, tokenizer, trains, tests), train, dict(evals)),
     )
 
 
@@ -137,13 +138,15 @@ def prepare_held_out(cfg: DataConfig, tokenizer: Any, *, progress: Progress | No
     ledger.check()
     stores = [entry.store for entry in tests]
     conversations = _conversations(list(stores)) if stores else []
+    evals: dict[str, SampleSet] = dict(zip(_eval_names(specs), stores, strict=True)) if specs else {}
     return PreparedData(
         train=None,  # type: ignore[arg-type]  # set by the caller, who has the stream
-        evals=dict(zip(_eval_names(specs), stores, strict=True)) if specs else {},
+        evals=dict(evals),
         ledger=ledger,
         cache_note="\n".join(entry.note for entry in tests),
         eval_conversations=[conversation["messages"] for conversation in conversations],
         eval_tools=[conversation["tools"] for conversation in conversations],
+        gated=GatedData(_gated(cfg, tokenizer, [], tests), None, dict(evals)),
     )
 
 
@@ -264,12 +267,13 @@ def _key_of(spec: DatasetConfig, tokenizer: Any, template: str | None) -> StoreK
 
 
 def _gated(cfg: DataConfig, tokenizer: Any, trains: list[_Prepared], tests: list[_Prepared]) -> list[GatedEntry]:
-    """What the gates need of each data set."""
-    names = names_of(cfg.datasets) + [f"{name} (evaluation)" for name in names_of(cfg.test_datasets or [])]
-    specs = [*cfg.datasets, *(cfg.test_datasets or ())]
+    """What the gates need of each data set; `trains` may be left out."""
+    tested = cfg.test_datasets or []
+    named = [*zip(names_of(cfg.datasets), cfg.datasets, strict=True)] if trains else []
+    named += [(f"{name} (evaluation)", spec) for name, spec in zip(names_of(tested), tested, strict=True)]
     return [
         GatedEntry(name, spec, cfg, entry.store, entry.account, tokenizer, entry.template)
-        for name, spec, entry in zip(names, specs, [*trains, *tests], strict=True)
+        for (name, spec), entry in zip(named, [*trains, *tests], strict=True)
     ]
 
 

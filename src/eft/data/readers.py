@@ -30,6 +30,7 @@ COMPRESSED = (".gz", ".zst")
 """May follow the extension of a text format."""
 _MAGIC = {b"PAR1": "Parquet", b"ARRO": "Arrow", b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip"}
 _BOM = b"\xef\xbb\xbf"
+_UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
 
 BLOCK_BYTES = 1 << 19
 BLOCK_ROWS = 512
@@ -122,10 +123,20 @@ def _chunks(file: Path, expected: str) -> Iterator[bytes]:
                 for magic, name in _MAGIC.items():
                     if chunk.startswith(magic):
                         raise DataError(f"{file}: is a {name} file by its content; expected {expected}")
+                _refuse_pointer(file, chunk)
+                if chunk.startswith(_UTF16_BOMS) or b"\0" in chunk[:2]:
+                    convert = "`iconv -f UTF-16 -t UTF-8` converts it"
+                    raise DataError(f"{file}: is UTF-16 text, which is not read; expected UTF-8 ({convert})")
                 chunk = chunk.removeprefix(_BOM)
             yield chunk
     except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
         raise DataError(f"{file}: cannot be read ({error}); expected {expected}") from error
+
+
+def _refuse_pointer(file: Path, start: bytes) -> None:
+    """A clone without Git LFS has small texts in the place of large files."""
+    if start.startswith(b"version https://git-lfs"):
+        raise DataError(f"{file}: is a pointer of Git LFS, not the data; expected its content (`git lfs pull` gets it)")
 
 
 def _line_blocks(file: Path, kind: Literal["json", "text"], chunks: Iterator[bytes]) -> Iterator[Block]:
@@ -299,6 +310,9 @@ def _csv_rows(file: Path) -> Iterator[Numbered]:
         reader = csv.DictReader(decoded(), strict=True)
         names = list(reader.fieldnames or ())
         twice = next((name for name in names if names.count(name) > 1), None)
+        if len(names) == 1 and (other := next((sign for sign in ";\t|" if sign in names[0]), None)):
+            problem = f"{file} line 1: names one column, {names[0][:80]!r}"
+            raise DataError(f"{problem}; expected commas between fields, not {other!r}")
         if twice is not None:
             raise DataError(f"{file} line 1: the column {twice!r} is named twice; expected different names")
         for number, data in enumerate(reader, 1):
@@ -318,6 +332,8 @@ def _read_text(file: Path) -> Iterator[Block]:
 
 def _open_parquet(file: Path) -> Any:
     try:
+        with file.open("rb") as start:
+            _refuse_pointer(file, start.read(64))
         return pq.ParquetFile(file)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{file}: cannot be read as Parquet ({error})") from error

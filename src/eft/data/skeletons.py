@@ -12,7 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import lru_cache
+from itertools import accumulate
+from typing import Literal, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -33,12 +35,13 @@ _HARD = ('"', "\\", "\n", "\t", "<&>", "é", "  ", "aB", "'", "{{", "%}", ":", "
 Shape = tuple[tuple[str, ...], ...]
 
 
-@dataclass(frozen=True)
-class Text:
+class Text(NamedTuple):
     """What is tokenised: one rendering's text, and the spans of it that are trained; None: all of it."""
 
     text: str
     spans: list[Span] | None
+    is_part: bool = False
+    """As `masks.Rendering` has it."""
 
 
 @dataclass(frozen=True)
@@ -59,20 +62,19 @@ class Skeleton:
 
     pieces: tuple[str | _Hole, ...]
     spans: tuple[tuple[_Edge, _Edge, float], ...] | None
+    is_part: bool
 
     def filled(self, messages: Sequence[Message]) -> Text:
         """The rendering of a conversation of this shape."""
         parts = [piece if isinstance(piece, str) else messages[piece.turn][piece.name].strip() for piece in self.pieces]
         if self.spans is None:
-            return Text("".join(parts), None)
-        starts = [0]
-        for part in parts:
-            starts.append(starts[-1] + len(part))
+            return Text("".join(parts), None, self.is_part)
+        starts = list(accumulate(map(len, parts), initial=0))
         spans = [
             Span(starts[first] + into, starts[last] + beyond, weight)
             for (first, into), (last, beyond), weight in self.spans
         ]
-        return Text("".join(parts), spans)
+        return Text("".join(parts), spans, self.is_part)
 
 
 class Skeletons:
@@ -127,7 +129,7 @@ class Skeletons:
             probed.append(changed)
         try:
             skeletons = [_skeleton(rendering, probes) for rendering in self._rendered(probed)]
-            own = [Text(rendering.layout.text, rendering.spans) for rendering in self._rendered(messages)]
+            own = [Text(each.layout.text, each.spans, each.is_part) for each in self._rendered(messages)]
         except UnprovableError:
             return None
         if any(skeleton is None for skeleton in skeletons):
@@ -149,8 +151,12 @@ class Skeletons:
 
 def _shape_of(messages: Sequence[Message]) -> Shape | None:
     """None for a conversation with anything but roles and texts."""
-    shape = []
+    shape: list[tuple[str, ...]] = []
     for message in messages:
+        content = message["content"]
+        if len(message) == 2 and content and not content[0].isspace() and not content[-1].isspace():
+            shape.append(_bare_turn(message["role"]))  # what is found below, too
+            continue
         if not message.keys() <= _KNOWN:
             return None
         parts = [message["role"]]
@@ -168,6 +174,12 @@ def _shape_of(messages: Sequence[Message]) -> Shape | None:
     return tuple(shape)
 
 
+@lru_cache(maxsize=64)
+def _bare_turn(role: str) -> tuple[str, ...]:
+    """A turn of nothing but a text without blanks at its ends."""
+    return (role, "", "x", "", "-")
+
+
 def _skeleton(rendering: Rendering, probes: dict[str, _Hole]) -> Skeleton | None:
     """The rendering of probe texts in pieces; None where a span starts or ends inside a text."""
     text = rendering.layout.text
@@ -182,14 +194,14 @@ def _skeleton(rendering: Rendering, probes: dict[str, _Hole]) -> Skeleton | None
     pieces.append(text[position:])
     starts.append(position)
     if rendering.spans is None:
-        return Skeleton(tuple(pieces), None)
+        return Skeleton(tuple(pieces), None, rendering.is_part)
     spans = []
     for span in rendering.spans:
         edges = [_edge(at, pieces, starts) for at in (span.start, span.stop)]
         if edges[0] is None or edges[1] is None:
             return None
         spans.append((edges[0], edges[1], span.weight))
-    return Skeleton(tuple(pieces), tuple(spans))
+    return Skeleton(tuple(pieces), tuple(spans), rendering.is_part)
 
 
 def _all_places(text: str, word: str) -> list[int]:

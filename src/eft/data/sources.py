@@ -322,14 +322,20 @@ def _file_source(files: list[Path], spec: DatasetConfig) -> _Source:
         return sum(known) if len(known) == len(counts) else None
 
     def fingerprint() -> str:
-        return hash_bytes(*(f"{kind} {_content(file)}".encode() for file, kind in zip(files, kinds, strict=True)))
+        # The same bytes are other rows, or none, under another compression.
+        read_as = [f"{kind}{_compression(file)} {_content(file)}" for file, kind in zip(files, kinds, strict=True)]
+        return hash_bytes(*map(str.encode, read_as))
 
     def size() -> int:
-        sizes = (file.stat().st_size * (_COMPRESSION if file.suffix.lower() in COMPRESSED else 1) for file in files)
+        sizes = (file.stat().st_size * (_COMPRESSION if _compression(file) else 1) for file in files)
         return sum(sizes)
 
     parts = [Part(str(file), _reader(file, kind)) for file, kind in zip(files, kinds, strict=True)]
     return _Source(blocks, count, fingerprint, [str(file) for file in files], size, parts)
+
+
+def _compression(file: Path) -> str:
+    return file.suffix.lower() if file.suffix.lower() in COMPRESSED else ""
 
 
 def _reader(file: Path, kind: str) -> Callable[[int], Iterator[Block]]:

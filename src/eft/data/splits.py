@@ -18,6 +18,8 @@ def slice_of(spec: DatasetConfig) -> tuple[str, str] | None:
     if match is None:
         raise DataError(f"{spec.path}: split {spec.split!r} is not understood; expected 'train' or 'train[10:200]'")
     start, stop = match["start"] or "", match["stop"] or ""
+    if any(bound.endswith("%") and abs(int(bound[:-1])) > 100 for bound in (start, stop)):
+        raise DataError(f"{spec.path}: split {spec.split!r} asks for more than the whole; expected 0% to 100%")
     return (start, stop) if "[" in spec.split else None
 
 

@@ -159,7 +159,7 @@ class _Shard:
         self.blocks = 0
         self._columns: list[dict[str, npt.NDArray[Any]]] = []
         self._facts: dict[str, Any] = {"tokens": 0, "has_weights": False, "largest_id": 0}
-        compressed = pa.ipc.IpcWriteOptions(compression="zstd")
+        compressed = pa.ipc.IpcWriteOptions(compression="lz4")  # a quarter of zstd's time
         self._tokens = pa.ipc.new_file(str(folder / tokens_file(index)), _SCHEMA)
         self._conversations = pa.ipc.new_file(
             str(folder / conversations_file(index)), _CONVERSATION_SCHEMA, options=compressed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,19 @@ from eft.core.errors import ConfigError, DataError
 from eft.core.hashing import hash_json
 from eft.core.records import TokenSample
 from eft.data.block_encoder import EncodedBlock, Job
+from eft.data.block_set import BlockSet
+from eft.data.encoded import EncodedRows
 from eft.data.entry import Progress
+from eft.data.gates_entry import GatedEntry
 from eft.data.ledger import Ledger
 from eft.data.masking_code import masking_code
 from eft.data.prepare import PreparedData, names_of, prepare_held_out, template_for
-from eft.data.sample_set import DIGEST_DTYPE, Digests, SampleSet
+from eft.data.sample_set import DIGEST_DTYPE, Digests, SampleSet, TokenView
 from eft.data.sources import size_hint
 from eft.data.speed import num_processes, with_fast_tokenizer
 from eft.data.stream import StreamDataset, WindowRule
 from eft.data.stream_plan import StreamPlan, build_stream_plan
-from eft.data.stream_source import StreamSource
+from eft.data.stream_source import StreamSource, without_held_out
 from eft.data.tokenize import tokenizer_fingerprint
 
 _HEAD_SAMPLES = 64
@@ -42,6 +46,7 @@ def prepare_stream(cfg: TrainConfig, tokenizer: Any, *, progress: Progress | Non
     shares = _shares(cfg.datasets)
     sources: list[StreamSource] = []
     head: list[TokenSample] = []
+    gated: list[GatedEntry] = []
     for spec, name, share in zip(cfg.datasets, names, shares, strict=True):
         job, _ = with_fast_tokenizer(Job(spec, cfg, tokenizer, template_for(spec, cfg, tokenizer)))
         source = StreamSource(
@@ -55,11 +60,21 @@ def prepare_stream(cfg: TrainConfig, tokenizer: Any, *, progress: Progress | Non
         )
         first = source.head()
         _mark_keys(first, spec, cfg)
-        head += _samples(first)
+        head += _samples(first.rows)
         sources.append(source)
+        rows, account = without_held_out(first, forbidden)
+        if len(rows):
+            shown = f"{name} (its first block)"
+            gated.append(GatedEntry(shown, spec, cfg, BlockSet(rows), account, tokenizer, source.job.template))
     if not head:
         raise DataError(f"{cfg.datasets[0].path}: none of the first rows can be trained on")
     prepared.train = StreamDataset(sources, _fingerprint(cfg, tokenizer, sources), head)
+    if gated and prepared.gated is not None:
+        blocks = [entry.store for entry in gated]
+        every = np.arange(sum(len(block) for block in blocks))
+        prepared.gated = replace(
+            prepared.gated, entries=[*gated, *prepared.gated.entries], train=TokenView(blocks, every)
+        )
     notes = [f"{spec.path}: tokenised while training" for spec in cfg.datasets]
     prepared.cache_note = "\n".join(filter(None, (*notes, prepared.cache_note)))
     prepared.ledger = Ledger([*(source.start().account for source in sources), *prepared.ledger.sources])
@@ -111,8 +126,8 @@ def _mark_keys(first: EncodedBlock, spec: DatasetConfig, cfg: TrainConfig) -> No
         getattr(cfg, name)
 
 
-def _samples(block: EncodedBlock) -> list[TokenSample]:
-    rows, samples, start = block.rows, [], 0
+def _samples(rows: EncodedRows) -> list[TokenSample]:
+    samples, start = [], 0
     for length in rows.columns["lengths"][:_HEAD_SAMPLES].tolist():
         samples.append(TokenSample(rows.ids[start : start + length], rows.labels[start : start + length]))
         start += length

@@ -196,7 +196,7 @@ class Reading:
                 raise self._fruitless()
             self._found = 0
         self._at = place
-        self._open = _opened(encoded, self._source.held_out, self._skip)
+        self._open = _Open(*without_held_out(encoded, self._source.held_out), self._skip)
         self._skip = 0
         if self._found >= 0:
             self._found += len(self._open.rows)
@@ -237,8 +237,8 @@ class _Open:
         return len(lengths), int(lengths.sum(dtype=np.int64))
 
 
-def _opened(encoded: EncodedBlock, held_out: Digests, first: int) -> _Open:
-    """The block without samples whose ids equal a held-out one's."""
+def without_held_out(encoded: EncodedBlock, held_out: Digests) -> tuple[EncodedRows, SourceLedger]:
+    """The block without samples whose ids equal a held-out one's, and its account with them as dropped."""
     rows, account = encoded.rows, encoded.tally.account
     leaks = equal_to_any(rows.columns["id_digests"], held_out)
     if leaks.any():
@@ -250,4 +250,4 @@ def _opened(encoded: EncodedBlock, held_out: Digests, first: int) -> _Open:
         named = [f"{rows.source} row {row}" for row in rows.columns["row_ids"][leaks][:ROWS_KEPT].tolist()]
         account.dropped["held_out_duplicate"] = Portion(len(lengths), total, named)
         rows = rows.chosen(~leaks)
-    return _Open(rows, account, first)
+    return rows, account

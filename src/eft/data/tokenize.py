@@ -32,6 +32,11 @@ class ExampleEncoder:
         self._tokenizer, self._template = tokenizer, template
         self._conversations: tuple[MaskRules, ConversationEncoder] | None = None
 
+    @property
+    def met(self) -> set[str]:
+        """What the conversations of the last call had, see `seen.Seen.met`."""
+        return self._conversations[1].met if self._conversations is not None else set()
+
     def __call__(self, examples: Sequence[Example], spec: DatasetConfig, cfg: DataConfig) -> list[Outcome]:
         """Ids and labels of a batch of examples.
 

@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
@@ -57,8 +57,7 @@ class RewrittenError(UnprovableError):
     """The model would have been given another text at this turn than the one that stands in the conversation."""
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """Characters [start, stop) of the rendered conversation, and the weight of their tokens in the loss."""
 
     start: int

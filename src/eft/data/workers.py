@@ -1,13 +1,15 @@
 """Blocks encoded by several processes, in order.
 
-A worker is a plain `python -m eft.data.worker`: nothing of the main process is copied into it, neither threads nor the
-user's script, and it imports the tokenizer but no torch. It gets its job and its blocks through a socket, answers one
-block at a time, and ends when the socket closes, however the main process ends.
+Workers are forks of one plain `python -m eft.data.worker`, which does the imports and takes the job for all of them:
+nothing of the main process is copied into them, neither threads nor the user's script, and they import the tokenizer
+but no torch. Each gets its blocks through a socket, answers one at a time, and ends when the socket closes, however the
+main process ends.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import Any
@@ -26,7 +29,12 @@ from eft.data.readers import Block
 _AHEAD = 2
 """Blocks per worker that are read or kept ahead."""
 _STOP_S = 5.0
-_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "JE_ARROW_MALLOC_CONF": "background_thread:false",  # pyarrow's allocator would start a thread before the forks
+    "HF_HUB_OFFLINE": "1",
+}
 """The cores are for the workers; nothing is asked of a hub by them."""
 
 
@@ -34,20 +42,13 @@ class WorkerDiedError(DataError):
     """A process ended in the middle of its work; the data are not to blame."""
 
 
+@dataclass(frozen=True)
 class _Worker:
-    """A process and the main process's end of its socket."""
+    """The main process's end of a worker's socket."""
 
-    def __init__(self) -> None:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "eft.data.worker", str(theirs.fileno())],
-                pass_fds=(theirs.fileno(),),
-                env={**os.environ, **_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(path or "." for path in sys.path)},
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,  # an interrupt of the terminal is the main process's to act on
-            )
-        self.connection = Connection(ours.detach())
+    connection: Connection
+    process: subprocess.Popen[bytes]
+    """The one that the workers are forks of. It ends with the last of them, or like the first that dies."""
 
     def ask(self, message: Any) -> Any:
         """The worker's answer. Raises what the worker raised, WorkerDiedError when it died."""
@@ -69,14 +70,6 @@ class _Worker:
         hint = " (perhaps the machine's memory was full: fewer `dataset_processes` need less)" if code == -9 else ""
         return f"a process that prepares data {how}{hint}; what it finished is kept, so run again"
 
-    def stop(self) -> None:
-        self.connection.close()
-        try:
-            self.process.wait(_STOP_S)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-
 
 class Workers:
     """Processes that encode; they start with the object, and are ready by the time their job is known.
@@ -86,21 +79,35 @@ class Workers:
 
     def __init__(self, num_processes: int):
         self._stack = ExitStack()
-        self._workers: list[_Worker] = []
-        try:
-            for _ in range(num_processes):
-                worker = _Worker()
-                self._stack.callback(worker.stop)
-                self._workers.append(worker)
-        except BaseException:
-            self._stack.close()
-            raise
+        pairs = [socket.socketpair() for _ in range(num_processes)]
+        theirs = [str(inner.fileno()) for _, inner in pairs]
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "eft.data.worker", *theirs],
+            pass_fds=[inner.fileno() for _, inner in pairs],
+            env={**os.environ, **_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(path or "." for path in sys.path)},
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,  # an interrupt of the terminal is the main process's to act on
+        )
+        self._stack.callback(self._stop)
+        for _, inner in pairs:
+            inner.close()
+        self._workers = [_Worker(Connection(outer.detach()), self.process) for outer, _ in pairs]
+        for worker in self._workers:
+            self._stack.callback(worker.connection.close)
 
     def __enter__(self) -> Workers:
         return self
 
     def __exit__(self, *failure: object) -> None:
         self._stack.close()
+
+    def _stop(self) -> None:
+        """The sockets are closed, so the workers end."""
+        try:
+            self.process.wait(_STOP_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)  # its session's, so its forks' too
+            self.process.wait()
 
     def encode(self, job: Job, blocks: Iterator[Block]) -> Iterator[EncodedBlock]:
         """`BlockEncoder(job)` of each block, in order. To be called once.
@@ -112,10 +119,6 @@ class Workers:
         pool = self._stack.enter_context(ThreadPoolExecutor(count))
         idle: SimpleQueue[_Worker] = SimpleQueue()
 
-        def start(worker: _Worker) -> None:
-            worker.ask(job)
-            idle.put(worker)
-
         def encode(block: Block) -> EncodedBlock:
             worker = idle.get()
             try:
@@ -124,8 +127,9 @@ class Workers:
                 idle.put(worker)
             return encoded
 
-        for ready in [pool.submit(start, worker) for worker in self._workers]:
-            ready.result()
+        self._workers[0].ask(job)  # for all of them
+        for worker in self._workers:
+            idle.put(worker)
         pending: deque[Future[EncodedBlock]] = deque()
         try:
             for block in blocks:

@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, PromptLearningConfig, TaskTy
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from eft.config.model import AdapterConfig, FreezingConfig
@@ -35,6 +36,7 @@ from eft.models.location import is_local, resolve_location
 from eft.models.plain import base_model_of, unwrapped_names
 from eft.models.quantised import keep_as_stored
 from eft.models.seeding import seeded_rng
+from eft.models.weight_start import start_from_weights, starts_from_weights
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +89,8 @@ def apply_adapter(
                     "; fused experts are adapted through it: leave that out, or the experts (list lora_target_modules)"
                 )
             raise ModelError(f"adapter: {what}") from error
+        if starts_from_weights(cfg.peft_init_lora_weights):
+            start_from_weights(adapted, str(cfg.peft_init_lora_weights))
     if cfg.lora_target_linear:
         _mention_frozen_experts(adapted)
     return adapted
@@ -114,18 +118,14 @@ def _mention_frozen_experts(model: PeftModel) -> None:
 
 def _lora_config(model: PreTrainedModel, cfg: AdapterConfig, new_token_ids: Sequence[int]) -> LoraConfig:
     options: dict[str, Any] = {
-        "r": cfg.lora_r,
-        "lora_alpha": cfg.lora_alpha,
         "lora_dropout": cfg.lora_dropout,
         "target_modules": target_modules(model, cfg),
         "target_parameters": target_parameters(model, cfg),
         "exclude_modules": matching(model, "lora_exclude_modules", cfg.lora_exclude_modules),
-        "rank_pattern": name_pattern(model, "lora_rank_pattern", cfg.lora_rank_pattern),
-        "alpha_pattern": name_pattern(model, "lora_alpha_pattern", cfg.lora_alpha_pattern),
         "modules_to_save": modules_to_save(model, cfg),
         "use_dora": cfg.peft_use_dora,
         "use_rslora": cfg.peft_use_rslora,
-        "init_lora_weights": True if cfg.peft_init_lora_weights is None else cfg.peft_init_lora_weights,
+        **_ranks_and_start(model, cfg),
         "layers_to_transform": layer_numbers(model, cfg),
         "layers_pattern": cfg.peft_layers_pattern,
         "trainable_token_indices": token_rows(model, cfg, new_token_ids),
@@ -133,6 +133,24 @@ def _lora_config(model: PreTrainedModel, cfg: AdapterConfig, new_token_ids: Sequ
         "ensure_weight_tying": saves_tied_embedding(model, cfg),
     }
     return LoraConfig(task_type=TaskType.CAUSAL_LM, **(options | _further_options(cfg, LoraConfig, _OWN_KEYS)))
+
+
+def _ranks_and_start(model: PreTrainedModel, cfg: AdapterConfig) -> dict[str, Any]:
+    """Ranks, alphas and how the factors start; a start from the weights takes twice the rank at the same scale."""
+    start = True if cfg.peft_init_lora_weights is None else cfg.peft_init_lora_weights
+    ranks = name_pattern(model, "lora_rank_pattern", cfg.lora_rank_pattern)
+    alphas = name_pattern(model, "lora_alpha_pattern", cfg.lora_alpha_pattern)
+    wider: int = 1
+    stronger: float = 1
+    if starts_from_weights(start):
+        start, wider, stronger = True, 2, (2**0.5 if cfg.peft_use_rslora else 2)
+    return {
+        "r": cfg.lora_r * wider,
+        "lora_alpha": cfg.lora_alpha * stronger,
+        "rank_pattern": {name: rank * wider for name, rank in ranks.items()},
+        "alpha_pattern": {name: alpha * stronger for name, alpha in alphas.items()},
+        "init_lora_weights": start,
+    }
 
 
 def _other_config(model: PreTrainedModel, cfg: AdapterConfig) -> PeftConfig:
@@ -307,7 +325,16 @@ def set_dtypes(
         return
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
-            parameter.data = parameter.data.float()
+            _convert(parameter, torch.float32)
+
+
+def _convert(parameter: nn.Parameter, dtype: torch.dtype) -> None:
+    if isinstance(parameter, DTensor):
+        # Assigned data would change what it says of itself, and not the part that lies here.
+        converted = nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad)
+        torch.utils.swap_tensors(parameter, converted)  # type: ignore[no-untyped-call]  # torch's own stubs lack it
+    else:
+        parameter.data = parameter.data.to(dtype)
 
 
 def _check_one_dtype(model: PreTrainedModel | PeftModel) -> None:
@@ -330,7 +357,7 @@ def _set_bf16(model: PreTrainedModel, fp32_gradients: bool) -> None:
     stays = torch.float32 if config.dtype in (torch.bfloat16, torch.float16) else None
     for parameter in model.parameters():
         if parameter.is_floating_point() and parameter.dtype != stays:
-            parameter.data = parameter.data.bfloat16()
+            _convert(parameter, torch.bfloat16)
         if parameter.requires_grad and fp32_gradients:
             parameter.grad_dtype = torch.float32
     config.dtype = torch.bfloat16

@@ -16,7 +16,6 @@ from typing import Any, Literal
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_causal_mask, create_masks_for_generate
 
@@ -103,9 +102,9 @@ class BoundaryMeasurement:
 
 
 def base_of(model: nn.Module) -> PreTrainedModel:
-    """The transformers model itself, also inside DDP and a peft wrapper."""
-    if isinstance(model, DistributedDataParallel):
-        model = model.module
+    """The transformers model itself, also inside DDP, DeepSpeed's engine and a peft wrapper."""
+    if not isinstance(model, PreTrainedModel | PeftModel):
+        model = getattr(model, "module", model)  # of a wrapper
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if not isinstance(base, PreTrainedModel):
         raise ModelError(f"model: {type(base).__name__} is no transformers model (PreTrainedModel), nor one in peft")

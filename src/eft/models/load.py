@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate import init_empty_weights
 from peft import PeftModel
 from torch import nn
-from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.distributed import DistributedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
@@ -71,6 +72,17 @@ def load_model(
             f"random: {', '.join(names[:3])}. Use a complete causal language model."
         )
     return quantised(model, bits) if bits is not None and cfg.gguf_file is not None else model
+
+
+def model_without_weights(cfg: ModelConfig) -> PreTrainedModel:
+    """What `cfg.base_model` is, from its config alone: on the meta device. Raises ModelError as `load_model`."""
+    location = resolve_location("base_model", cfg.base_model)
+    check_causal_lm(location, cfg)
+    options = {"trust_remote_code": cfg.trust_remote_code, "revision": cfg.revision_of_model or "main"}
+    config = AutoConfig.from_pretrained(location, **options)
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=cfg.trust_remote_code)
+    return cast("PreTrainedModel", model)
 
 
 def _from_pretrained(location: str, options: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:

@@ -75,6 +75,7 @@ class _Request:
     hidden: Tensor | None = None
     is_taken: bool = False
     loss: Tensor | None = None
+    is_tied_to_logits: bool = False
 
 
 _request: ContextVar[_Request | None] = ContextVar("loss_request", default=None)
@@ -161,6 +162,8 @@ def _after_head(head: nn.Module, _: tuple[Any, ...], output: Tensor) -> Tensor |
     request, plant = _request.get(), _planted.get()
     if request is not None and request.hidden is not None:
         request.loss = request.compute(request.hidden, head)
+        # ZeRO-3 gathers a layer for the backward pass where a gradient reaches what the layer has given.
+        request.is_tied_to_logits = any(hasattr(parameter, "ds_tensor") for parameter in head.parameters())
         request.hidden = None
     return None if plant is None else plant(output)
 
@@ -169,6 +172,8 @@ def _after_model(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     request = _request.get()
     if request is not None:
         output.loss = request.loss
+        if request.is_tied_to_logits:
+            output.loss = output.loss + output.logits.sum()  # of none: 0
 
 
 def _read_recipe(model: nn.Module) -> LossHead | None:

@@ -1,8 +1,8 @@
 """`eft merge`: base + adapter as one plain model, a tensor at a time, so that no shard is ever in memory as a whole.
 
-The sum is formed in fp32 by peft's own `merge` of each layer and rounded once, stochastically. The files keep the
-names, the layout and the shards of the base's. A 4- or 8-bit base is merged at its full precision, unless asked for as
-it was in training.
+The sum is formed in fp32 by peft's own `merge` of each layer and rounded once, so that no row loses its change (see
+`rounding`). The files keep the names, the layout and the shards of the base's. A 4- or 8-bit base is merged at its full
+precision, unless asked for as it was in training.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from eft.models.base_files import base_files
 from eft.models.empty_base import AdapterFacts, adapter_facts, empty_adapted, empty_base
 from eft.models.export import mend_generation_config
 from eft.models.merge_probe import compare_merged
-from eft.models.merge_targets import MergePlan, plan_merge
-from eft.models.rounding import round_stochastically
+from eft.models.merge_targets import MergePlan, plan_merge, with_rows
+from eft.models.rounding import round_keeping_change
 from eft.models.shards import Shards, write_shard
 
 MERGE_FILE = "merge.json"
@@ -134,8 +134,9 @@ def _write_shards(plan: MergePlan, folder: Path, save_dtype: torch.dtype | None)
                     yield stored.to(dtype)
                     continue
                 merged = plan.merged(name, stored)
-                rounded = round_stochastically(merged, dtype, name)
-                changes.append(_change(name, stored, merged, rounded))
+                base = with_rows(stored.float(), merged.shape)
+                rounded = round_keeping_change(merged, base, dtype, name)
+                changes.append(_change(name, base, merged, rounded))
                 yield rounded
 
         total += write_shard(folder / file, layout, tensors())
@@ -146,10 +147,7 @@ def _write_shards(plan: MergePlan, folder: Path, save_dtype: torch.dtype | None)
     return changes
 
 
-def _change(name: str, stored: Tensor, merged: Tensor, rounded: Tensor) -> TensorChange:
-    base = stored.float()
-    if base.shape != merged.shape:  # rows for new tokens
-        base = torch.nn.functional.pad(base, (0, 0, 0, merged.shape[0] - base.shape[0]))
+def _change(name: str, base: Tensor, merged: Tensor, rounded: Tensor) -> TensorChange:
     change = merged - base
     size = float(change.norm())
     lost = float(((merged - rounded.float()) * change).sum()) / size**2 if size else 0.0

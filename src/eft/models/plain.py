@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from eft.core.errors import ModelError
+from eft.core.hashing import hash_bytes
 from eft.models.quantised import plain_weight, quantised_layers
 from eft.models.seeding import seeded_rng
 
@@ -157,6 +158,12 @@ def plain_instance(
     state = cast_floats(adapter_state(model, with_embeddings=False), adapter_dtype or dtype)
     set_peft_model_state_dict(wrapped, state, adapter_name=name)
     return cast("PeftModel", wrapped.eval())
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's shape and values, floating ones as fp32, which holds those of every shorter dtype."""
+    plain = (tensor.float() if tensor.is_floating_point() else tensor).detach().cpu().contiguous()
+    return hash_bytes(repr(tuple(plain.shape)).encode(), plain.reshape(-1).view(torch.uint8).numpy().tobytes())
 
 
 @torch.no_grad()

@@ -210,7 +210,8 @@ def require_gradients(loss: Tensor, model: nn.Module) -> None:
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Named parameters that have elements, here or on another process."""
-    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.numel())
+    named = model.named_parameters()
+    return ((name, parameter) for name, parameter in named if getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def _on_any_rank(flags: list[bool]) -> list[bool]:
@@ -226,7 +227,9 @@ def _on_any_rank(flags: list[bool]) -> list[bool]:
 
 
 def _local(parameter: Tensor) -> Tensor:
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    # Under ZeRO-3 the parameter itself is empty between uses.
+    here: Tensor = getattr(parameter, "ds_tensor", parameter)
+    return here.to_local() if isinstance(here, DTensor) else here
 
 
 def _checksum(parameter: Tensor) -> Tensor:

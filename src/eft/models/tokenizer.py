@@ -143,6 +143,18 @@ def resize_embeddings(
     return list(added.values())
 
 
+def check_no_new_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cfg: ModelConfig) -> None:
+    """Raise ModelError where `resize_embeddings` would have something to do: processes hold parts of this embedding."""
+    rows, needed, added = model.config.get_text_config().vocab_size, rows_needed(tokenizer), new_tokens(cfg, tokenizer)
+    if needed > rows or added:
+        what = f"new tokens ({', '.join(map(repr, list(added)[:4]))})" if added else f"{needed} rows instead of {rows}"
+        raise ModelError(
+            f"base_model: the tokenizer asks for {what}, but an embedding that is split while it is loaded is not "
+            "changed. Make a base model with these rows on one process first (a run with `learning_rate: 0`), or shard "
+            "with `fsdp_version: 2` alone."
+        )
+
+
 def rows_needed(tokenizer: PreTrainedTokenizerBase) -> int:
     """Embedding rows that hold every id of the tokenizer; more than its tokens where its ids leave gaps."""
     highest: int = max(tokenizer.get_vocab().values())

@@ -3,6 +3,7 @@ its own, and write the logits of one document.
 
 IDS are comma-separated token ids. OUT is a safetensors file with `logits` [tokens, vocabulary], `peak_mib` (memory of
 this process) and, when the folder has a tokenizer, `tokens`: its encoding of the text that it decodes the ids to.
+Without IDS it holds the SHA-256 of every loaded tensor (of an adapter: of its own), uint8 [32] each, and `peak_mib`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from eft.core.constants import MANIFEST_NAME
 from eft.models.auto_class import auto_class
-from eft.models.plain import probe_logits
+from eft.models.plain import live_adapter_state, probe_logits, tensor_digest
 from eft.models.quantised import make_plain, quantised
 
 MODEL_KEYS = ("gguf_file", "revision")
@@ -71,9 +72,12 @@ def load_base(
 
 def main(folder: Path, ids: list[int], out: Path) -> None:
     """Write the logits, and the tokenizer's round trip, to `out`."""
-    logits = probe_logits(load_export(folder), ids).contiguous()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    tensors = {"logits": logits, "peak_mib": torch.tensor(peak, dtype=torch.int64)}
+    model = load_export(folder)
+    if not ids:
+        save_file({**_digests(model), "peak_mib": torch.tensor(_peak_mib())}, out)
+        return
+    logits = probe_logits(model, ids).contiguous()
+    tensors = {"logits": logits, "peak_mib": torch.tensor(_peak_mib())}
     if (folder / "tokenizer_config.json").is_file():
         tokenizer = AutoTokenizer.from_pretrained(folder)
         encoded = tokenizer.encode(tokenizer.decode(ids), add_special_tokens=False)
@@ -81,5 +85,15 @@ def main(folder: Path, ids: list[int], out: Path) -> None:
     save_file(tensors, out)
 
 
+def _digests(model: Any) -> dict[str, torch.Tensor]:
+    state = live_adapter_state(model, with_embeddings=False) if isinstance(model, PeftModel) else model.state_dict()
+    digests = {name: bytes.fromhex(tensor_digest(tensor)) for name, tensor in state.items()}
+    return {name: torch.tensor(list(digest), dtype=torch.uint8) for name, digest in digests.items()}
+
+
+def _peak_mib() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), [int(number) for number in sys.argv[2].split(",")], Path(sys.argv[3]))
+    main(Path(sys.argv[1]), [int(number) for number in sys.argv[2].split(",") if number], Path(sys.argv[3]))

@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -33,10 +34,12 @@ from eft.models.plain import (
     live_adapter_state,
     plain_instance,
     probe_logits,
+    tensor_digest,
 )
 from eft.models.quantised import quantisation_facts
 
 VERIFIED = "VERIFIED: a fresh process with plain from_pretrained gives the live logits"
+LOADED = "VERIFIED: a fresh process with plain from_pretrained loads the live tensors"
 CHILD_TIMEOUT_S = 3600
 _LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -221,6 +224,59 @@ def probe_save(
     adapter that peft alone cannot load: with trained weights of the base beside it, over a base with added rows or one
     that exists in memory only.
     """
+    facts = _facts_to_load(model, gguf_file)
+    if isinstance(model, PeftModel):
+        base = facts["base_model"]
+        if base is None or _base_has_changed(model, base, gguf_file):
+            return facts, lambda folder: None
+    probe = take_probe(model, tokenizer, ids, torch.float32)
+    return facts, partial(_keep_if_it_passes, probe.check)
+
+
+def digest_save(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: list[int],
+    *,
+    live: Callable[[nn.Module], dict[str, dict[str, Tensor]]],
+    whole: Callable[[str, Tensor], Tensor],
+    gguf_file: str | None = None,
+) -> tuple[dict[str, Any], Callable[[Path], None]]:
+    """`probe_save` of a model of which each process holds a part: no process has the weights to compute logits with, so
+    what a fresh process has loaded is compared tensor by tensor, by SHA-256. One tensor is whole at a time.
+
+    Every process calls it; the first one asks for the check. Nothing is checked of an adapter that peft alone cannot
+    load: with trained weights of the base beside it, or over one that exists in memory only.
+
+    Args:
+        live: file name to tensors of what a checkpoint stores.
+        whole: gathers a tensor of that name, a collective.
+    """
+    facts = _facts_to_load(model, gguf_file)
+    files = live(model)
+    expected = {name: tensor_digest(whole(name, tensor)) for part in files.values() for name, tensor in part.items()}
+    if isinstance(model, PeftModel) and (facts["base_model"] is None or len(files) > 1):
+        return facts, lambda folder: None
+    return facts, partial(_keep_if_it_passes, partial(check_digests, expected=expected))
+
+
+def check_digests(folder: Path, expected: dict[str, str]) -> PromiseResult:
+    """E6 VERIFIED of the save in `folder`: a fresh process loads tensors of these digests (`tensor_digest`)."""
+    child, error = _run_child(folder, [])
+    if child is None:
+        return PromiseResult("E6", LOADED, "fail", f"plain transformers could not load {folder}: {error}")
+    numbers = {"tensors": float(len(expected)), "process_peak_mib": float(child.pop("peak_mib"))}
+    loaded = {name: bytes(digest.tolist()).hex() for name, digest in child.items()}
+    # A second name of a tied tensor is loaded, but not stored.
+    known = set(expected.values())
+    wrong = sorted({name for name in expected if loaded.get(name) != expected[name]})
+    wrong += sorted(name for name in loaded.keys() - expected.keys() if loaded[name] not in known)
+    detail = f"{len(wrong)} of {len(expected)} tensors differ: {', '.join(wrong[:3])}" if wrong else "all equal"
+    return PromiseResult("E6", LOADED, "fail" if wrong else "pass", detail, numbers)
+
+
+def _facts_to_load(model: PreTrainedModel | PeftModel, gguf_file: str | None) -> dict[str, Any]:
+    """What the manifest of a checkpoint must say beside its files."""
     facts: dict[str, Any] = {
         "dtype": "float32",
         "vocabulary_rows": int(model.get_input_embeddings().weight.shape[0]),
@@ -231,16 +287,13 @@ def probe_save(
         base = model.get_base_model().config.name_or_path or None
         facts |= {"base_model": base, "gguf_file": gguf_file, "revision": revision}
         facts["quantization"] = quantisation_facts(model.get_base_model())
-        if base is None or _base_has_changed(model, base, gguf_file):
-            return facts, lambda folder: None
-    probe = take_probe(model, tokenizer, ids, torch.float32)
+    return facts
 
-    def check(folder: Path) -> None:
-        result = probe.check(folder)
-        if result.status == "fail":
-            raise PromiseBroken(f"{result.promise} {result.title}: {result.detail}. {folder.name} was not kept.")
 
-    return facts, check
+def _keep_if_it_passes(check: Callable[[Path], PromiseResult], folder: Path) -> None:
+    result = check(folder)
+    if result.status == "fail":
+        raise PromiseBroken(f"{result.promise} {result.title}: {result.detail}. {folder.name} was not kept.")
 
 
 def _base_has_changed(model: PeftModel, base: str, gguf_file: str | None) -> bool:
@@ -253,7 +306,7 @@ def _base_has_changed(model: PeftModel, base: str, gguf_file: str | None) -> boo
 
 
 def _run_child(folder: Path, ids: list[int]) -> tuple[dict[str, Tensor] | None, str]:
-    """The fresh process's tensors, or None and the end of what it printed."""
+    """The fresh process's tensors (`verify_child`), or None and the end of what it printed."""
     threads = str(torch.get_num_threads())
     environment: dict[str, Any] = {k: v for k, v in os.environ.items() if k not in _LAUNCHER_VARIABLES}
     # One document on the CPU: there the last bits depend on the thread count, and the GPU is full of training state.

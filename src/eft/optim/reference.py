@@ -36,6 +36,10 @@ parameters that is 0.1 s, 3 s with 8-bit AdamW. On a CPU torchao's kernels are c
 numbers and more, some seconds per shape in the first step. Paged state is a matter of CUDA; on a CPU the `paged_…`
 names are the same optimizers without paging.
 
+torchao's five are proven with torchao 0.18.0 on a CPU, by the tests that all others pass (75 of them). CI does not
+install it: `pip install --no-deps --target ao torchao`, then
+`PYTHONPATH=ao pytest tests/unit -k "ao_adamw or torch_8bit or torch_4bit"`.
+
 """
 
 _GROUPS = """## Groups

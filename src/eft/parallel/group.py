@@ -13,13 +13,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]  # torch's own stubs lack them
 
-from eft.core.errors import ConfigError, EftError
+from eft.core.errors import ConfigError
+from eft.parallel.failures import OtherRankFailed
 
 T = TypeVar("T")
-
-
-class OtherRankFailed(EftError):  # noqa: N818  # what happened, said by a process that did nothing wrong
-    """Another process of the run failed; its own message is the one to read."""
 
 
 @contextmanager
@@ -95,6 +92,15 @@ def from_first_rank(work: Callable[[], T]) -> T:
         raise OtherRankFailed(box[1])
     result: T = box[0]
     return result
+
+
+def from_all(value: T) -> list[T]:
+    """What every process of the run gives, by rank. It must pickle, and every process must call it."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def wait_for_all() -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from eft.config.parallel import ParallelConfig
+from eft.config.deepspeed import deepspeed_options, zero_stage
+from eft.config.parallel import ParallelConfig, asks_for_parts
 from eft.config.root import TrainConfig
 from eft.core.errors import ConfigError
 
@@ -22,6 +23,11 @@ class Degrees:
     cp: int = 1
     sharded: bool = False
     """FSDP2; False: each data-parallel process has all weights (or its tensor-parallel part)."""
+    in_parts: bool = False
+    """Each process reads its part of the files alone: transformers shards the model before its weights are loaded.
+    False: every process loads the whole model, and accelerate shards it afterwards, or nobody does."""
+    zero: int = 0
+    """Stage of DeepSpeed's ZeRO; 0: without DeepSpeed."""
 
     def __post_init__(self) -> None:
         assert self.dp * self.tp * self.cp == self.world_size
@@ -36,12 +42,18 @@ class Degrees:
         """Processes over which gradients are averaged."""
         return self.dp * self.cp
 
+    @property
+    def shares_weights(self) -> bool:
+        """Whether no process has all weights by itself."""
+        return self.sharded or self.tp > 1 or self.zero == 3
+
     def data_rank(self, rank: int) -> int:
         """Which of the `dp` micro-batches a process works on."""
         return rank // (self.tp * self.cp)
 
     def __str__(self) -> str:
         kind = "HSDP" if self.sharded and self.dp_replicate > 1 else "FSDP2" if self.sharded else "DDP"
+        kind = f"ZeRO-{self.zero}" if self.zero else kind
         shape = f"{self.dp_replicate} × {self.dp_shard}" if kind == "HSDP" else str(self.dp)
         parts = [f"{kind} {shape}"] if self.dp > 1 or self.sharded else []
         parts += [f"{name} {size}" for name, size in (("TP", self.tp), ("CP", self.cp)) if size > 1]
@@ -83,12 +95,10 @@ class Degrees:
                 f"dp_replicate_size: {replicate} × `dp_shard_size` {shard} is {shard * replicate}, but there are "
                 f"{data} data-parallel processes ({inner}); leave one of the two out"
             )
-        if tp > 1 and data > 1:
-            raise ConfigError(
-                f"tensor_parallel_size: {tp} leaves {data} data-parallel processes beside it; the two together are not "
-                f"offered. Start {tp} processes, or shard the weights instead (`fsdp_version: 2`)."
-            )
-        return cls(world_size, replicate, shard, tp, cp, sharded=asked and data * cp > 1)
+        sharded = asked and data * cp > 1
+        in_parts = asks_for_parts(keys) and (sharded or tp > 1)
+        stage = 0 if keys.deepspeed is None or world_size == 1 else zero_stage(deepspeed_options(keys.deepspeed))
+        return cls(world_size, replicate, shard, tp, cp, sharded, in_parts, stage)
 
 
 def _count(world_size: int) -> str:
@@ -156,20 +166,25 @@ def _divide(global_batch: int, at_once: int, product: str, *, pinned: bool) -> i
     if global_batch % at_once == 0:
         return global_batch // at_once
     if pinned:
+        fitting = ", ".join(str(number) for number in range(1, global_batch + 1) if global_batch % number == 0)
         raise ConfigError(
-            f"micro_batch_size: the checkpoint's global batch of {global_batch} is no multiple of {product}. "
-            "Change `micro_batch_size` or the number of processes."
+            f"micro_batch_size: the checkpoint's global batch of {global_batch} is no multiple of {product}. Change "
+            f"`micro_batch_size` or the number of processes, so that their product is one of {fitting}."
         )
     below, above = global_batch // at_once * at_once, -(-global_batch // at_once) * at_once
     near = f"{below} or {above}" if below else f"{above}"
     raise ConfigError(f"global_batch_size: {global_batch} is no multiple of {product}; use {near}.")
 
 
-def batch_of(cfg: TrainConfig, world_size: int) -> BatchPlan:
-    """The batch arithmetic of a config on `world_size` processes. Raises as `resolve_batch` and `Degrees.resolve`."""
+def batch_of(cfg: TrainConfig, world_size: int, pinned: int | None = None) -> BatchPlan:
+    """The batch arithmetic of a config on `world_size` processes.
+
+    `pinned`: the global batch of the checkpoint that is resumed. Raises as `resolve_batch` and `Degrees.resolve`.
+    """
     return resolve_batch(
         micro_batch_size=cfg.micro_batch_size,
         gradient_accumulation_steps=cfg.gradient_accumulation_steps,
         global_batch_size=cfg.global_batch_size,
         degrees=Degrees.resolve(world_size, cfg),
+        pinned_global_batch_size=pinned,
     )

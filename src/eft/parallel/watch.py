@@ -2,13 +2,16 @@
 
 Every process says once a second that it lives and where its main thread is, and listens to its right neighbour. That
 is a sign of life, not of progress: a long step goes on answering. A process that is stopped (SIGSTOP, a frozen host, a
-page that never comes) does not, and all others would wait in their next collective until it times out.
+page that never comes) does not, and all others would wait in their next collective until it times out. Every process
+counts the seconds by its own monotonic clock: no clock of another one is read.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -19,16 +22,19 @@ from datetime import timedelta
 from pathlib import Path
 
 from torch.distributed import DistError, Store, TCPStore  # type: ignore[attr-defined]  # torch's own stubs lack them
-from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from eft.core.constants import EXIT_FAILED
+from eft.core.errors import EftError
+from eft.parallel.failures import record_failure
 
 BEAT_S = 1.0
 _DONE = "done"
+_PR_SET_PDEATHSIG = 1
 _COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "barrier", "all_to_all", "gather", "scatter")
+_OF_DDP = ("_pre_forward", "_sync_", "_distributed_broadcast")
 
 
-class StalledRank(RuntimeError):  # noqa: N818  # named after what happened
+class StalledRank(EftError):  # noqa: N818  # named after what happened
     """A process of the run no longer answers."""
 
 
@@ -41,14 +47,15 @@ class StallWatch:
         rank: int,
         world_size: int,
         timeout_s: float,
-        on_silence: Callable[[str], None],
+        on_silence: Callable[[str, int | None], None],
         *,
         main_thread: int | None = None,
     ) -> None:
         """
         Args:
             store: shared by all processes; a connection of its own, since one that waits blocks.
-            timeout_s: silence after which `on_silence` is called, once, with a message for the user.
+            timeout_s: silence after which `on_silence` is called, once, with a message for the user and the process id
+                of the silent neighbour (on its machine), if it has ever told it.
             main_thread: whose place in the code is told; default: the calling one.
         """
         self._store = store
@@ -71,26 +78,37 @@ class StallWatch:
         self._thread.join()
 
     def _run(self) -> None:
-        heard, heard_at, last = "", time.monotonic(), ""
+        heard, heard_at, place, pid = "", time.monotonic(), "", None
         beat = 0
         try:
             while not self._over.wait(BEAT_S):
                 beat += 1
-                self._store.set(_key(self._rank), json.dumps([beat, place_of(self._main_thread)]))
+                self._store.set(_key(self._rank), json.dumps([beat, place_of(self._main_thread), os.getpid()]))
                 sign = self._neighbours_sign()
                 if sign != heard:
                     heard, heard_at = sign, time.monotonic()
-                    last = "" if sign in ("", _DONE) else json.loads(sign)[1]
-                elif heard != _DONE and time.monotonic() - heard_at > self._timeout_s:
-                    return self._on_silence(self._message(last))
+                    if sign not in ("", _DONE):
+                        _, place, pid = json.loads(sign)
+                elif time.monotonic() - heard_at > self._timeout_s:
+                    # The last thing that all do together is to wait for each other: nobody is done long before.
+                    message = self._left_message() if heard == _DONE else self._message(place)
+                    return self._on_silence(message, None if heard == _DONE else pid)
             self._store.set(_key(self._rank), _DONE)
         except DistError as error:
-            if not self._over.is_set():
-                self._on_silence(f"the process that keeps the run's store does not answer ({error})")
+            # Its launcher has gone. So have the processes beside it, or they are on the way to their last checkpoint.
+            if not self._over.wait(self._timeout_s):
+                self._on_silence(f"the launcher that keeps the run's store does not answer any more ({error})", None)
 
     def _neighbours_sign(self) -> str:
         key = _key(self._neighbour)
         return self._store.get(key).decode() if self._store.check([key]) else ""
+
+    def _left_message(self) -> str:
+        return (
+            f"rank {self._neighbour} of {self._world_size} has ended, but rank {self._rank} is still at "
+            f"{place_of(self._main_thread)} after {self._timeout_s:g} s. The run ends; the same command continues it "
+            "from its newest checkpoint."
+        )
 
     def _message(self, last: str) -> str:
         where = f"it was last at {last}" if last else "it has never answered"
@@ -118,6 +136,9 @@ def place_of(thread: int) -> str:
 
 
 def _is_collective(entry: traceback.FrameSummary) -> bool:
+    if "torch/nn/parallel/distributed" in entry.filename:
+        # DDP has it in C++: the buckets are agreed on, the buffers sent round.
+        return entry.name.startswith(_OF_DDP)
     return "torch/distributed" in entry.filename and any(name in entry.name for name in _COLLECTIVES)
 
 
@@ -125,13 +146,32 @@ def _key(rank: int) -> str:
     return f"eft/alive/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{rank}"
 
 
-def end_process(message: str) -> None:
-    """Print why and leave at once: the main thread waits in a collective that no exception reaches."""
-    error = StalledRank(message)
-    # The launcher shows the first recorded error.
-    get_error_handler().record_exception(error)
+def end_process(message: str, silent: int | None = None) -> None:
+    """Print why and leave at once: the main thread waits in a collective that no exception reaches.
+
+    `silent`: the process that is missed. Where it is a child of this one's launcher it is killed: a stopped process
+    does not hear that it is to end, and the launcher would wait for it.
+    """
+    # First what went wrong, then what makes the launcher look.
+    record_failure(StalledRank(message))
     print(f"error: {message}", file=sys.stderr, flush=True)
+    if silent is not None and _parent_of(silent) == os.getppid():
+        os.kill(silent, signal.SIGKILL)
     os._exit(EXIT_FAILED)
+
+
+def _parent_of(pid: int) -> int | None:
+    """Process id of the parent; None where the system does not tell, or there is no such process here."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def end_with_launcher() -> None:
+    """From here on a launcher that is killed takes this process along: SIGTERM, so the last step is saved."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 @contextmanager

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from eft.core.records import Int32Array, TokenDataset, TokenSample
 from eft.data.batches import BatchSource
@@ -21,6 +20,7 @@ from eft.data.loader import MicroBatch
 from eft.data.plan import Plan
 from eft.data.store import as_token_dataset
 from eft.models.checkpointing import set_checkpointing
+from eft.parallel.group import wait_for_all
 from eft.preflight.settings import Setting
 from eft.runtime.memory import Gauge, Peak, is_out_of_memory
 from eft.runtime.offload import activation_offloading
@@ -39,6 +39,8 @@ class Measured:
     seconds: float
     what: dict[str, Any]
     """The batch: `step` (1-based), `bins`, `tokens`, `trained`."""
+    rank: int = 0
+    """The process."""
 
     @property
     def fits(self) -> bool:
@@ -46,9 +48,20 @@ class Measured:
         return self.needed is not None and self.needed <= self.available
 
 
+class OutOfMemoryHere(Exception):  # noqa: N818  # what happened
+    """This process has run out of memory in work that all do together."""
+
+    def __init__(self, measured: Measured) -> None:
+        super().__init__(measured)
+        self.measured = measured
+
+
 @dataclass(frozen=True)
 class Exercise:
-    """Tries phases of a trainer that is about to train. Used inside `unchanged`, so that nothing of it is left."""
+    """Tries phases of a trainer that is about to train. Used inside `unchanged`, so that nothing of it is left.
+
+    Of several processes each tries its own, by the same calls in the same order.
+    """
 
     trainer: EftTrainer
     gauge: Gauge
@@ -56,6 +69,8 @@ class Exercise:
     """Bytes that the optimizer will keep and does not hold yet."""
     paused: Callable[[], AbstractContextManager[None]]
     """Inside, backward passes update nothing."""
+    jointly: bool = False
+    """The processes share weights or rows, so that no pass is one's own: each makes as many as the others."""
 
     @property
     def source(self) -> BatchSource:
@@ -71,11 +86,16 @@ class Exercise:
         """
         plan = self.trainer.plan
         assert isinstance(plan, Plan)
-        source = replace(self.source, micro_batch_size=setting.micro_batch_size, accumulation=setting.accumulation)
+        source = self.source
+        sizes = {"micro_batch_size": setting.micro_batch_size, "accumulation": setting.accumulation}
+        source = replace(source, share=replace(source.share, **sizes))
         loader = source.train_loader(plan, cursor=lambda: int(self.trainer.state.global_step))
-        picks = _costliest(loader.sampler, plan.dataset, source.attention_cost_ratio, setting.longest)
+        picks = _costliest(loader.sampler, plan.dataset, source.share.cost_ratio, setting.longest)
+        picks = (picks * 2)[:2] if self.jointly else picks
         batches = [_collated(source, plan.dataset, loader.dataset, pick, setting.longest) for pick in picks]
-        model, device = self.trainer.model_wrapped, self.trainer.args.device
+        # Inside DDP a backward pass would wait for the others', who may have run out of memory.
+        model = self.trainer.model_wrapped if self.jointly else self.trainer.model
+        device = self.trainer.args.device
 
         def work() -> None:
             for batch in batches:
@@ -93,13 +113,14 @@ class Exercise:
         found = []
         for dataset in datasets:
             loader = source.eval_loader(dataset)
-            pick = _costliest(loader.sampler, as_token_dataset(dataset), source.attention_cost_ratio, None)[0]
+            pick = _costliest(loader.sampler, as_token_dataset(dataset), source.share.cost_ratio, None)[0]
             found.append((pick, loader.dataset[pick]))
         pick, batch = max(found, key=lambda entry: entry[1]["num_tokens"])
 
         def work() -> None:
-            batches: Any = DataLoader([dict(batch)], batch_size=None)  # type: ignore[arg-type]  # a list is a data set
-            self.trainer.evaluation_loop(batches, "preflight", metric_key_prefix="preflight")
+            model, parts = self.trainer._evaluation_model(), self.trainer.parts
+            with parts.evaluation_weights(self.trainer.optimizer), torch.no_grad():
+                parts.evaluation_loss(model, self.trainer._prepare_inputs(dict(batch)))
 
         return self._measure(work, {**_facts(pick, batch), "step": None})
 
@@ -112,7 +133,10 @@ class Exercise:
     ) -> Measured:
         gauge, pending = gauge or self.gauge, self.pending if pending is None else pending
         gauge.clean()
+        wait_for_all()  # before anyone looks at what is left, and again before anyone takes of it
         available, start, peak = gauge.available(), time.perf_counter(), Peak()
+        wait_for_all()
+        rank = int(self.trainer.args.process_index)
         try:
             with gauge.holding(pending), gauge.measured(available - pending, self.trainer.model) as peak:
                 work()
@@ -120,11 +144,14 @@ class Exercise:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
+            if self.jointly:
+                # The others wait for this one in the middle of a pass; its end is theirs.
+                raise OutOfMemoryHere(Measured(available, None, 0.0, what, rank)) from error
             needed = None
         # Outside of the handler: by now nothing holds the frames that hold the tensors.
         self.trainer.model_wrapped.zero_grad(set_to_none=True)
         gauge.clean()
-        return Measured(available, needed, time.perf_counter() - start, what)
+        return Measured(available, needed, time.perf_counter() - start, what, rank)
 
     @contextmanager
     def _running(self, setting: Setting) -> Iterator[None]:
@@ -176,12 +203,13 @@ class _ModuleState:
 
 
 def _costliest(micro_batches: Any, dataset: TokenDataset, cost_ratio: float, longest: int | None) -> list[MicroBatch]:
-    """The micro-batch of highest cost, tokens + k · Σ length², and that of most trained tokens, if it is another."""
+    """The micro-batch of highest cost, tokens + k · Σ length², and that of most trained tokens, if it is another.
+
+    A process that always has less to do than others may find nothing but dummies.
+    """
     best: dict[str, tuple[float, MicroBatch]] = {}
     for micro_batch in micro_batches:
-        if not micro_batch.bins:
-            continue
-        ids = np.concatenate(micro_batch.bins)
+        ids = np.concatenate([np.zeros(0, np.int32), *micro_batch.bins])
         lengths = dataset.lengths[ids].astype(np.float64)
         if longest is not None:
             lengths = np.minimum(lengths, longest)

@@ -10,9 +10,10 @@ import json
 import logging
 import re
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,7 @@ class CheckpointStore:
         self._copies = TensorCopies() if asynchronous else None
         self._job = BackgroundJob()
         self._other_job = BackgroundJob()
+        self._run_failed = threading.Event()
 
     def path(self, step: int) -> Path:
         """The folder of `step`, there or not."""
@@ -192,6 +194,15 @@ class CheckpointStore:
         self._other_job.wait()
         self._other_job.start(job)
 
+    def fail(self) -> None:
+        """An error has ended the run: a save that is under way hardly waits for processes that may be lost with it.
+
+        Returns when it is over, whatever became of it: the error is the one to be told.
+        """
+        self._run_failed.set()
+        with suppress(Exception):
+            self.wait()
+
     def wait(self) -> None:
         """Wait until the save that is under way is on the disk; raises CheckpointError where it failed."""
         self._job.wait()
@@ -243,7 +254,7 @@ class CheckpointStore:
             if folder is not None and (lack := lack_of_room(self.output_dir, draft.num_bytes)):
                 raise self._not_written(self.path(step), lack)
             draft.write(folder)
-            known.update(collect_shares(self.path(step), self.sharding.world_size, folder))
+            known.update(collect_shares(self.path(step), self.sharding.world_size, folder, self._run_failed))
 
     def _keep_existing(self, target: Path, extra: Mapping[str, Any], keep: bool) -> bool:
         try:

@@ -144,15 +144,19 @@ class Draft:
             OSError, SafetensorError: the disk is full or the folder cannot be written.
         """
         for file in self._files:
-            tensors = dict(self._wholes(file)) if file.is_live else file.tensors
-            if file.is_mine and folder is not None:
-                save_tensors(folder / file.name, tensors)
+            self._write_tensors(file, folder)
         if folder is None:
             return
         for name, text in self._texts.items():
             write_text(folder / name, text)
         for write in self._others:
             write(folder)
+
+    def _write_tensors(self, file: _File, folder: Path | None) -> None:
+        """Apart, so that the tensors of a file are gone before those of the next are gathered."""
+        tensors = dict(self._wholes(file)) if file.is_live else file.tensors
+        if file.is_mine and folder is not None:
+            save_tensors(folder / file.name, tensors)
 
     def _add(self, file: _File) -> None:
         if self._copies is not None:

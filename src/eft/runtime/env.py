@@ -28,6 +28,8 @@ _PACKAGES = (
     "pytorch-optimizer",
     "flash-attn",
 )
+_FIRST_TF32 = (8, 0)
+"""Compute capability."""
 _CPU_BF16 = ("avx512_bf16", "amx_bf16", "bf16")
 """Names in `torch.cpu.get_capabilities()` of instructions that multiply bf16 (x86, x86, ARM)."""
 
@@ -44,6 +46,8 @@ class Environment:
     bf16_native: bool
     bf16_reason: str
     """Why bf16 is or is not native, for the start print."""
+    local_world_size: int = 1
+    """Processes of the run on this machine."""
 
     @classmethod
     def detect(cls, environ: Mapping[str, str] | None = None) -> Environment:
@@ -59,7 +63,8 @@ class Environment:
             raise ConfigError(f"RANK: {rank} is not below WORLD_SIZE {world_size}; start with torchrun or eft train.")
         device = _device(local_rank)
         native, reason = _native_bf16(device)
-        return cls(device, _device_name(device), rank, local_rank, world_size, native, reason)
+        here = _number(variables, "LOCAL_WORLD_SIZE", world_size)
+        return cls(device, _device_name(device), rank, local_rank, world_size, native, reason, here)
 
 
 @dataclass(frozen=True)
@@ -86,8 +91,10 @@ def resolve_precision(cfg: TrainingConfig, env: Environment) -> Precision:
     """The compute dtype by `bf16`, `fp16` and the machine. `bf16: auto` never becomes fp16 by itself.
 
     Raises:
-        ConfigError: both are switched on, or fp16 without CUDA, or bf16 on a GPU that only emulates it.
+        ConfigError: both are switched on, fp16 or tf32 without CUDA, or bf16 or tf32 on a GPU without it.
     """
+    if cfg.tf32:
+        _check_tf32(env.device)
     if cfg.bfloat16:
         return _pure_bf16(cfg, env)
     if cfg.fp16:
@@ -106,6 +113,15 @@ def resolve_precision(cfg: TrainingConfig, env: Environment) -> Precision:
     if env.device.type == "cuda":
         raise ConfigError(f"bf16: {env.bf16_reason}; set `bf16: false`, or `fp16: true`.")
     return Precision(torch.bfloat16, f"bf16: true, though {env.bf16_reason}: correct, but slower than fp32")
+
+
+def _check_tf32(device: torch.device) -> None:
+    if device.type != "cuda":
+        raise ConfigError(
+            f"tf32: not used because the device is {device.type}, and TensorFloat-32 is CUDA's; remove it."
+        )
+    if torch.cuda.get_device_capability(device) < _FIRST_TF32:
+        raise ConfigError(f"tf32: {_device_name(device)} has no TensorFloat-32 (Ampere and later have); remove it.")
 
 
 def _pure_bf16(cfg: TrainingConfig, env: Environment) -> Precision:

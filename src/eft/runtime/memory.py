@@ -59,9 +59,9 @@ class Gauge(Protocol):
         ...
 
 
-def gauge_of(device: torch.device) -> Gauge:
-    """The memory in which a model on `device` is trained."""
-    return HostMemory() if device.type == "cpu" else AcceleratorMemory(device)
+def gauge_of(device: torch.device, processes: int = 1) -> Gauge:
+    """The memory in which a model on `device` is trained; `processes` of this machine share the host's."""
+    return HostMemory(processes) if device.type == "cpu" else AcceleratorMemory(device)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -75,9 +75,13 @@ def is_out_of_memory(error: BaseException) -> bool:
 class HostMemory:
     """Main memory, within the limits of this process's control group. Linux."""
 
+    def __init__(self, processes: int = 1) -> None:
+        """`processes` of the machine divide it evenly."""
+        self._processes = processes
+
     def available(self) -> int:
         """See `Gauge`: what the machine could free, or what is left of the container's share if that is less."""
-        return min([int(psutil.virtual_memory().available), *_left_in_cgroups()])
+        return min([int(psutil.virtual_memory().available), *_left_in_cgroups()]) // self._processes
 
     @contextmanager
     def measured(self, budget: int, model: nn.Module) -> Iterator[Peak]:

@@ -45,6 +45,11 @@ def add_optimizer(draft: Draft, optimizer: Optimizer, model: nn.Module) -> None:
     Raises:
         CheckpointError: a parameter that the model does not have, or state of a type without an exact form.
     """
+    with draft.sharding.by_parameter(optimizer) as whole:
+        _add_optimizer(draft, whole, model)
+
+
+def _add_optimizer(draft: Draft, optimizer: Optimizer, model: nn.Module) -> None:
     names = _names(model)
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, dict[str, Any]] = {}
@@ -80,6 +85,13 @@ def load_optimizer(
     Raises:
         CheckpointError: files missing or broken, another optimizer, parameters or settings than this run's.
     """
+    with sharding.by_parameter(optimizer) as whole:
+        _load_optimizer(folder, whole, model, sharding, allow_change)
+
+
+def _load_optimizer(
+    folder: Path, optimizer: Optimizer, model: nn.Module, sharding: Sharding, allow_change: bool
+) -> None:
     path = folder / SCALAR_FILE
     saved = _read_json(path)
     files = TensorFiles(folder / TENSOR_FILE)
@@ -156,7 +168,7 @@ def _read_state(
     if key == "step" and not (group.get("fused") or group.get("capturable")):
         return files.read(entry)
     if files.shape(entry) == sharding.whole_shape(name, parameter):
-        return sharding.like(name, parameter, files.read(entry, sharding.part(name, parameter)))
+        return sharding.like(entry, parameter, files.read(entry, sharding.part(entry, parameter)))
     return files.read(entry).to(parameter.device)
 
 

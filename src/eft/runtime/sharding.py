@@ -13,6 +13,7 @@ To plug in DTensors (FSDP2, HSDP, tensor parallelism): write a class with these 
     part         the slices of the whole that lie here, one per dimension; () for a tensor that is here as a whole
     local        live.to_local() for a DTensor, else live: the memory that loading fills, of the shape of `part`
     like         a DTensor of the parameter's mesh and placements around `part` (DTensor.from_local): optimizer state
+    by_parameter the optimizer itself; loaded: nothing
 
 The optimizer's state of a parameter is sharded like the parameter where it has the parameter's shape, and whole on
 every rank otherwise (step counts). Everything else is done: the files are shared out over the ranks (file number k to
@@ -22,14 +23,17 @@ rank 0 moves them into the checkpoint. That takes an output folder that all rank
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
-Index = tuple[slice, ...]
-"""Slices of a whole tensor, one per dimension, with plain bounds; () is all of it."""
+Index = tuple[slice | tuple[slice, ...], ...] | slice
+"""Slices of a whole tensor with plain bounds, one per dimension, or several one after the other; () is all of it. One
+slice alone: of its flattened numbers."""
 
 
 class Sharding(Protocol):
@@ -62,7 +66,15 @@ class Sharding(Protocol):
         ...
 
     def like(self, name: str, parameter: Tensor, part: Tensor) -> Tensor:
-        """State of `parameter`, of which `part` was read (`part(name, parameter)`), as its optimizer keeps it."""
+        """State `name` (`parameter/state`) of `parameter`, of which `part` was read, as its optimizer keeps it."""
+        ...
+
+    def by_parameter(self, optimizer: Optimizer) -> AbstractContextManager[Optimizer]:
+        """Inside it the optimizer's groups and state are those of the model's own parameters."""
+        ...
+
+    def loaded(self, model: nn.Module) -> None:
+        """The weights of `model` were filled."""
         ...
 
 
@@ -92,6 +104,13 @@ class Replicas:
     def like(self, name: str, parameter: Tensor, part: Tensor) -> Tensor:
         """Itself, on the parameter's device."""
         return part.to(parameter.device)
+
+    def by_parameter(self, optimizer: Optimizer) -> AbstractContextManager[Optimizer]:
+        """Itself."""
+        return nullcontext(optimizer)
+
+    def loaded(self, model: nn.Module) -> None:
+        """Nothing follows."""
 
 
 ONE_PROCESS = Replicas()

@@ -8,6 +8,7 @@ the training does, and whatever is left behind by a kill looks like any other un
 from __future__ import annotations
 
 import shutil
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from eft.runtime.manifest import read_manifest, write_manifest
 
 WAIT_S = 3600.0
 """For another process's share, at most."""
+ENDING_S = 5.0
+"""The same once an error has ended the run: the other may have been lost."""
 _LOOK_EVERY_S = 0.02
 
 
@@ -45,17 +48,19 @@ def write_share(checkpoint: Path, rank: int, draft: Draft) -> None:
         raise
 
 
-def collect_shares(checkpoint: Path, world_size: int, folder: Path | None) -> dict[str, Any]:
+def collect_shares(
+    checkpoint: Path, world_size: int, folder: Path | None, run_failed: threading.Event
+) -> dict[str, Any]:
     """Move the shares of all other ranks into `folder` as they are done; returns their manifest entries.
 
-    None: wait for them and throw them away.
+    None: wait for them and throw them away. `run_failed`: from then on they are waited for but a moment.
 
     Raises:
         CheckpointError: a share failed, or did not come.
     """
     known: dict[str, Any] = {}
     for rank in range(1, world_size):
-        share = _wait_for(checkpoint, rank)
+        share = _wait_for(checkpoint, rank, run_failed)
         if folder is not None:
             files = read_manifest(share)["files"]
             for name in files:
@@ -66,7 +71,7 @@ def collect_shares(checkpoint: Path, world_size: int, folder: Path | None) -> di
     return known
 
 
-def _wait_for(checkpoint: Path, rank: int) -> Path:
+def _wait_for(checkpoint: Path, rank: int, run_failed: threading.Event) -> Path:
     share, failure = share_path(checkpoint, rank), _failure_path(checkpoint, rank)
     end = time.monotonic() + WAIT_S
     while not share.is_dir():
@@ -74,7 +79,9 @@ def _wait_for(checkpoint: Path, rank: int) -> Path:
             reason = failure.read_text()
             failure.unlink(missing_ok=True)
             raise CheckpointError(f"{checkpoint}: not written, process {rank} failed: {reason}")
+        if run_failed.is_set():
+            end = min(end, time.monotonic() + ENDING_S)
         if time.monotonic() > end:
-            raise CheckpointError(f"{checkpoint}: not written, nothing came from process {rank} in {WAIT_S:.0f} s")
+            raise CheckpointError(f"{checkpoint}: not written, nothing came from process {rank}")
         time.sleep(_LOOK_EVERY_S)
     return share

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -95,11 +96,26 @@ class TensorFiles:
         Raises:
             CheckpointError: the file is broken.
         """
+        if isinstance(part, slice):
+            return self._flat(name, part)
+        for dim, pieces in enumerate(part):
+            if isinstance(pieces, tuple):
+                return torch.cat([self.read(name, (*part[:dim], piece, *part[dim + 1 :])) for piece in pieces], dim)
         try:
             tensor: Tensor = self._opened[name].get_slice(name)[part] if part else self._opened[name].get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self.path}: {name}: broken: {error}") from error
         return tensor.clone()
+
+    def _flat(self, name: str, part: slice) -> Tensor:
+        """Of the flattened numbers; no more is read than the rows that they are in."""
+        shape = self.shape(name)
+        if not shape:
+            return self.read(name).flatten()[part]
+        row = prod(shape[1:]) or 1
+        first, last = part.start // row, -(-part.stop // row)
+        rows = self.read(name, (slice(first, last),))
+        return rows.flatten()[part.start - first * row : part.stop - first * row]
 
 
 def _open(path: Path) -> Any:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import PretrainedConfig
@@ -58,6 +59,7 @@ def load_weights(folder: Path, model: nn.Module, sharding: Sharding = ONE_PROCES
             held = [other for other in (MODEL_FILE, ADAPTER_FILE) if _is_there(folder / other)]
             raise CheckpointError(f"{folder / name}: missing" + (f"; the folder holds {held[0]}." if held else "."))
         copy_exactly(TensorFiles(folder / name), live, sharding)
+    sharding.loaded(model)
 
 
 def _is_there(path: Path) -> bool:
@@ -68,7 +70,8 @@ def live_weights(model: nn.Module) -> dict[str, dict[str, Tensor]]:
     """File name to tensors (sharing memory with the model) of what a checkpoint stores."""
     if isinstance(model, PeftModel):
         return _adapter_weights(model)
-    tensors: dict[str, Tensor] = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    # The parameters themselves: what shards them knows more of them than their memory.
+    tensors: dict[str, Tensor] = dict(model.named_parameters())
     persistent = model.state_dict(keep_vars=True)
     tensors.update({name: buffer.detach() for name, buffer in model.named_buffers() if name in persistent})
     return {MODEL_FILE: tensors}
@@ -76,11 +79,19 @@ def live_weights(model: nn.Module) -> dict[str, dict[str, Tensor]]:
 
 def _adapter_weights(model: PeftModel) -> dict[str, dict[str, Tensor]]:
     # With its default, this asks the hub whether the vocabulary grew; trained embeddings are in the result anyway.
-    adapter = get_peft_model_state_dict(model, adapter_name=model.active_adapter, save_embedding_layers=False)
-    covered = {tensor.data_ptr() for tensor in adapter.values()}
+    live = model.state_dict(keep_vars=True)
+    gathers = getattr(model.get_base_model(), "is_distributed_loading_by_transformers", False)
+    # Of a model that was split at load peft would gather every weight: it is asked for names alone.
+    given = {name: torch.tensor(number) for number, name in enumerate(live)} if gathers else live
+    adapter = get_peft_model_state_dict(model, given, adapter_name=model.active_adapter, save_embedding_layers=False)
+    if gathers:
+        tensors = list(live.values())
+        adapter = {name: tensors[int(number)] for name, number in adapter.items()}
+    # Tensors without memory of their own (ZeRO-3) are told apart as objects.
+    covered = {id(tensor) for tensor in adapter.values()} | {tensor.data_ptr() for tensor in adapter.values()} - {0}
     base = {
-        name: parameter.detach()
+        name: parameter
         for name, parameter in model.named_parameters()
-        if parameter.requires_grad and parameter.data_ptr() not in covered
+        if parameter.requires_grad and not {id(parameter), parameter.data_ptr()} & covered
     }
     return {ADAPTER_FILE: dict(adapter), **({BASE_FILE: base} if base else {})}

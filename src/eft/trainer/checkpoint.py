@@ -64,7 +64,9 @@ class CheckpointSaveMixin(TrainerHooks):
         keep = self._initial_global_step > 0
         with self.parts.meter.paused():
             check = None
-            if self.parts.probe_save is not None and self.args.should_save:
+            # Of a model in parts no process can compute alone: all give theirs.
+            takes_part = self.args.should_save or self.parts.parallel.is_sharded
+            if self.parts.probe_save is not None and takes_part:
                 ids = [int(token) for token in self.plan.dataset.sample(0).input_ids[:PROBE_TOKENS]]
                 facts, check = self.parts.probe_save(self.model, self.processing_class, ids)
                 extra |= facts

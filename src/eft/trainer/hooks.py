@@ -45,7 +45,7 @@ HOOK_OWNERS: dict[str, tuple[str, ...]] = {
         "_load_best_model",
     ),
     "ActivationOffloadingMixin": ("compute_loss_context_manager",),
-    "DistributedParallelMixin": ("_build_accelerator_args", "_save"),
+    "DistributedParallelMixin": ("_build_accelerator_args", "_prepare_for_training", "_save"),
     "EftTrainer": (
         "train",
         "compute_loss",

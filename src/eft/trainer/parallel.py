@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from eft.trainer.hooks import TrainerHooks
 
@@ -17,6 +18,19 @@ class DistributedParallelMixin(TrainerHooks):
         # Called from `Trainer.__init__`, after `EftTrainer.__init__` has set `parts`.
         arguments: dict[str, Any] = super()._build_accelerator_args(**kwargs)
         return {**arguments, **self.parts.parallel.arguments}
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: DataLoader[Any], resume_from_checkpoint: str | None
+    ) -> tuple[nn.Module, DataLoader[Any]]:
+        """Upstream's; under DeepSpeed it would look for DeepSpeed's own checkpoint, and ours is like any other."""
+        ours = resume_from_checkpoint if self.is_deepspeed_enabled else None
+        theirs = None if self.is_deepspeed_enabled else resume_from_checkpoint
+        prepared: tuple[nn.Module, DataLoader[Any]]
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, theirs)
+        if ours is not None:
+            self._load_from_checkpoint(ours)
+            self._load_optimizer_and_scheduler(ours)
+        return prepared
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """`save_model`: gather the weights where no single rank holds them all; no pickled arguments beside them."""

@@ -21,6 +21,7 @@ class PlanLike(Protocol):
 
     total_steps: int
     plan_steps: int
+    global_batch_size: int
     fingerprint: str
     epoch_ends: list[int]
     dataset: Any
@@ -94,6 +95,8 @@ class Checkpoints(Protocol):
     def times(self) -> Sequence[Any]: ...
 
     def wait(self) -> None: ...
+
+    def fail(self) -> None: ...
 
     def raise_failure(self) -> None: ...
 

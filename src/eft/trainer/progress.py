@@ -9,6 +9,9 @@ from typing import Any
 from eft.core.errors import CheckpointError
 from eft.trainer.parts import PlanLike
 
+GLOBAL_BATCH = "global_batch_size"
+"""Under which a checkpoint's progress records the bins of a step (D2)."""
+
 
 class Progress:
     """Σ loss over the optimizer steps that were logged so far. Upstream keeps only the resumed call's."""
@@ -48,10 +51,17 @@ def load_progress(checkpoint: str, name: str, plan: PlanLike | None, *, allow_ch
     saved: dict[str, Any] = json.loads(Path(checkpoint, name).read_text())
     if plan is None:
         return saved
+    batch = saved.get(GLOBAL_BATCH, plan.global_batch_size)
+    if batch != plan.global_batch_size:
+        raise CheckpointError(
+            f"{checkpoint}: was trained with a global batch of {batch} bins, this trainer has {plan.global_batch_size}."
+            f" Set `global_batch_size: {batch}`; or `gradient_accumulation_steps`, so that `micro_batch_size` × "
+            f"accumulation × data-parallel processes is {batch}; or the builder's `pinned_global_batch_size`."
+        )
     if saved["plan"] != plan.fingerprint:
         raise CheckpointError(
-            f"{checkpoint}: was trained on another plan (data, packing, global batch, seed or the version of "
-            "eft's planner differ), so continuing here would repeat and omit samples. Resume with the original "
+            f"{checkpoint}: was trained on another plan (data, packing, seed or the version of eft's planner "
+            "differ), so continuing here would repeat and omit samples. Resume with the original "
             "settings, or start anew from its weights."
         )
     if saved["total_steps"] != plan.total_steps and not allow_change:

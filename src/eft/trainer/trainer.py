@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
+from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -20,6 +21,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from eft.core.errors import CheckpointError
 from eft.models.probes import require_gradients
+from eft.parallel.state_dict import forget_gathered
 from eft.runtime.metrics import GroupLosses
 from eft.runtime.stop import EvaluationStopped
 from eft.trainer.checkpoint import PROGRESS_FILE, STATE_FILE, CheckpointSaveMixin
@@ -30,7 +32,7 @@ from eft.trainer.optimizer import OptimizerMixin
 from eft.trainer.packing import PackingMixin
 from eft.trainer.parallel import DistributedParallelMixin
 from eft.trainer.parts import Holder, PlanLike, TrainerParts
-from eft.trainer.progress import Progress, load_progress
+from eft.trainer.progress import GLOBAL_BATCH, Progress, load_progress
 from eft.trainer.rng import RngLoaderMixin
 from eft.trainer.scheduler import SchedulerMixin
 
@@ -96,6 +98,9 @@ class EftTrainer(
             output = self._train_from(checkpoint, **kwargs)
             while (earlier := self.guard.checkpoint_to_return_to()) is not None:
                 output = self._train_from(earlier, **kwargs)
+        except BaseException:
+            self.parts.checkpoint.fail()
+            raise
         finally:
             self.parts.checkpoint.wait()
             for callback in self.callback_handler.callbacks:
@@ -222,8 +227,9 @@ class EftTrainer(
         )
 
     def plain_optimizer(self) -> Any:
-        """The optimizer itself, out of accelerate's wrapper."""
-        return self.optimizer.optimizer if isinstance(self.optimizer, AcceleratedOptimizer) else self.optimizer
+        """The optimizer itself, out of the wrappers of accelerate and DeepSpeed."""
+        plain = self.optimizer.optimizer if isinstance(self.optimizer, AcceleratedOptimizer) else self.optimizer
+        return plain.optimizer if isinstance(self.optimizer, DeepSpeedOptimizerWrapper) else plain
 
     @cached_property
     def _is_simple_engine(self) -> bool:
@@ -291,6 +297,7 @@ class EftTrainer(
             "data": self.parts.packing.state_at(self.plan, self.state.global_step),
             "plan": self.plan.fingerprint if self.plan is not None else "",
             "total_steps": self.plan.total_steps if self.plan is not None else 0,
+            GLOBAL_BATCH: self.plan.global_batch_size if self.plan is not None else 0,
         }
 
     def _restore_progress(self) -> None:
@@ -402,6 +409,7 @@ class EftTrainer(
         total = torch.zeros((), dtype=torch.float64, device=device)
         weight, groups = 0.0, None
         with self.parts.meter.paused(), self.parts.evaluation_weights(self.optimizer):
+            forget_gathered(model)
             for batch in dataloader:
                 inputs = self._prepare_inputs(batch)
                 if "groups" in inputs:
@@ -412,6 +420,7 @@ class EftTrainer(
                     total += self.parts.evaluation_loss(model, inputs)
                 weight = inputs["step_weight"]  # of the whole split, the same in every batch
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        forget_gathered(model)
         # Processes that share a batch have all counted it.
         copies = self.accelerator.num_processes // self.parts.parallel.gradient_ranks
         nll = float(self.accelerator.reduce(total, reduction="sum")) / copies
@@ -426,10 +435,12 @@ class EftTrainer(
 
     def _evaluation_model(self) -> nn.Module:
         """The wrapped model in evaluation mode, prepared for autocast also where nothing was trained yet."""
-        model: nn.Module = self._wrap_model(self.model, training=False)
+        # DeepSpeed's autocast is in its wrapper.
+        model: nn.Module = self._wrap_model(self.model if self.deepspeed is None else self.deepspeed, training=False)
         if not self.accelerator._models and model is self.model:
             model = self.accelerator.prepare_model(model, evaluation_mode=True)
-        return model.eval()
+        model.eval()  # DeepSpeed's returns nothing
+        return model
 
 
 def _mean_metrics(prefix: str, nll: float, weight: float) -> dict[str, float]:

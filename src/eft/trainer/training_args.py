@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
+from eft.config.parallel import asks_for_parts
 from eft.config.root import TrainConfig
+from eft.core.errors import ConfigError
 
 MAX_INTERVAL = 10**9
 """Interval given to upstream for what our flow decides: never reached by its own counting."""
@@ -21,6 +26,7 @@ def build_training_arguments(
     device_type: str,
     max_steps: int | None,
     has_eval: bool,
+    deepspeed: dict[str, Any] | None = None,
 ) -> TrainingArguments:
     """What Trainer needs to know. What eft does itself (plan, flow, saving, loss) is switched off upstream.
 
@@ -30,6 +36,7 @@ def build_training_arguments(
         device_type: `cpu` or `cuda`.
         max_steps: optimizer steps if known; the plan sets the number that is executed when `train()` starts.
         has_eval: whether there are or may come held-out data.
+        deepspeed: its configuration, which then says what autocast does.
     """
     evaluate = has_eval and config.eval_strategy != "no"
     return TrainingArguments(
@@ -41,10 +48,13 @@ def build_training_arguments(
         max_steps=max_steps or -1,
         learning_rate=config.learning_rate,
         max_grad_norm=config.max_grad_norm,
-        bf16=compute_dtype == torch.bfloat16,
+        bf16=compute_dtype == torch.bfloat16 and deepspeed is None,
         fp16=compute_dtype == torch.float16,
         tf32=config.tf32 if device_type == "cuda" else None,
-        use_cpu=device_type == "cpu",
+        # Told so, accelerate leaves DeepSpeed out; it finds by itself that there is nothing else.
+        use_cpu=device_type == "cpu" and deepspeed is None,
+        deepspeed=deepspeed,
+        accelerator_config={"use_configured_state": deepspeed is not None and device_type == "cpu"},
         full_determinism=config.deterministic,
         seed=config.seed,
         # The plan's loader is sized for the whole run and starts at the cursor (D1).
@@ -58,7 +68,7 @@ def build_training_arguments(
         eval_strategy="steps" if evaluate else "no",
         eval_steps=MAX_INTERVAL if evaluate else None,
         # Upstream would refuse to save a model that was split while it was loaded; it is ours that saves.
-        save_strategy="no" if config.save_strategy == "no" or config.tensor_parallel_size > 1 else "steps",
+        save_strategy="no" if config.save_strategy == "no" or asks_for_parts(config) else "steps",
         save_steps=MAX_INTERVAL,
         save_total_limit=None,
         save_only_model=config.save_only_model,
@@ -76,6 +86,25 @@ def build_training_arguments(
         ddp_bucket_cap_mb=config.ddp_bucket_cap_mb,
         torch_empty_cache_steps=config.torch_empty_cache_steps,
     )
+
+
+def require_trackers(config: TrainConfig) -> None:
+    """Raise ConfigError for a tracker whose package is missing; its Trainer integration would only fail by then."""
+    packages = {
+        "use_tensorboard": "tensorboard",
+        "use_wandb": "wandb",
+        "use_mlflow": "mlflow",
+        "use_trackio": "trackio",
+    }
+    for key, package in packages.items():
+        if getattr(config, key) and find_spec(package) is None:
+            raise ConfigError(f"{key}: needs the package {package}; pip install 'eft-trainer[{package}]'.")
+    address = config.mlflow_tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if config.use_mlflow and address is None and find_spec("sqlalchemy") is None:
+        raise ConfigError(
+            "use_mlflow: where to? Without an address MLflow wants a database, and the package sqlalchemy is missing. "
+            f"Set `mlflow_tracking_uri`, such as file:{Path(config.output_dir).resolve() / 'mlruns'}"
+        )
 
 
 def set_tracker_environment(config: TrainConfig) -> None:

@@ -93,6 +93,13 @@ def first_step(
 ) -> list[Batch]:
     """A rank's micro-batches of one step over all of `dataset`, as the run's own loader cuts it."""
     assert isinstance(packing, BatchSource)
+    share = replace(
+        packing.share,
+        accumulation=accumulation,
+        micro_batch_size=-(-len(dataset) // (accumulation * world_size)),
+        rank=rank,
+        world_size=world_size,
+    )
     source = replace(
         packing,
         collator=short_rows(packing.collator),
@@ -100,10 +107,7 @@ def first_step(
         num_epochs=1.0,
         max_steps=1,
         global_batch_size=len(dataset),
-        accumulation=accumulation,
-        micro_batch_size=-(-len(dataset) // (accumulation * world_size)),
-        rank=rank,
-        world_size=world_size,
+        share=share,
         num_workers=0,
     )
     plan = source.make_plan(dataset, None)

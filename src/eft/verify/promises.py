@@ -15,6 +15,7 @@ from eft.verify.options import option_checks
 from eft.verify.packing import check_packing
 from eft.verify.precision import check_half_precision
 from eft.verify.ranks import check_ranks
+from eft.verify.ranks_resume import check_resume_over_ranks
 from eft.verify.rehearsal import STEPS, STOP, Rehearsal, check_resume, rehearse
 from eft.verify.saves import check_checkpoint, check_export
 from eft.verify.schedule import check_rehearsal, check_schedule
@@ -32,7 +33,7 @@ def check_promises(
 ) -> Iterator[PromiseResult]:
     """One result per check, as they are done. The model's weights have moved afterwards.
 
-    `num_processes` above 1: a global batch is trained on so many processes, too, and compared.
+    `num_processes` above 1: a global batch is trained on so many processes, too, and a run of theirs is continued.
 
     A check that breaks off is a failed promise, with the error as its detail; the others still run.
 
@@ -69,6 +70,9 @@ def check_promises(
         yield from _guarded("E6", "checkpoint", lambda: [check_checkpoint(verification, rehearsal.trainer)])
         announce(f"E3: the rehearsal again, from its checkpoint after step {STOP}")
         yield from _guarded("E3", "resume", lambda: [check_resume(verification, rehearsal)])
+    if rehearsal.error is None and num_processes > 1:
+        announce(f"E3: the same in {num_processes} processes, continued by as many and by one")
+        yield from _guarded("E3", "processes", lambda: check_resume_over_ranks(verification, num_processes))
     yield check_keys(verification, rehearsal)
 
 

@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.multiprocessing.spawn import ProcessException, start_processes
 
 from eft.config.root import TrainConfig
 from eft.core.errors import ModelError
-from eft.core.records import PromiseResult, TokenDataset, TokenSample
+from eft.core.records import PromiseResult, TokenSample
 from eft.data.dataset_meta import DatasetMeta
 from eft.inputs import load_trainable_model, plan_of, prepare_tokenizer
 from eft.trainer.trainer import EftTrainer
@@ -43,6 +44,7 @@ ONE_COPY_EACH = {
     "dp_replicate_size": None,
     "tensor_parallel_size": 1,
     "context_parallel_size": 1,
+    "optimizer_in_backward": False,
 }
 """Every process holds all weights (DDP): what else splits a model runs on accelerators only."""
 
@@ -121,12 +123,8 @@ def _run_rank(
     trainer_class: type[EftTrainer],
 ) -> None:
     """In a process of its own: this rank's share of the step; rank 0 writes what came of it."""
-    here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
-    # Of this process alone. Accelerators are hidden: there may be fewer of them than processes.
-    os.environ.update({name: str(value) for name, value in here.items()} | {"CUDA_VISIBLE_DEVICES": ""})
-    torch.set_num_threads(max(1, torch.get_num_threads() // world_size))
-    with _gloo(rank, world_size, f"file://{folder}/meeting"):
-        verification = _verification(config, as_dataset(documents), Path(folder), world_size, trainer_class)
+    with as_rank(rank, world_size, Path(folder, "meeting")):
+        verification = ranks_verification(config, documents, Path(folder), world_size, trainer_class)
         with exact_arithmetic(verification.model):
             answer = _step(verification, rank, world_size)
         if rank == 0:
@@ -135,29 +133,41 @@ def _run_rank(
 
 
 @contextlib.contextmanager
-def _gloo(rank: int, world_size: int, meeting: str) -> Iterator[None]:
-    """The group of the processes, which meet in a file; the one that there is."""
+def as_rank(rank: int, world_size: int, meeting: Path) -> Iterator[None]:
+    """This process as one of a group, whose processes meet in a file; in the group that there is."""
+    here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    # Of this process alone. Accelerators are hidden: there may be fewer of them than processes.
+    os.environ.update({name: str(value) for name, value in here.items()} | {"CUDA_VISIBLE_DEVICES": ""})
+    torch.set_num_threads(max(1, torch.get_num_threads() // world_size))
     if dist.is_initialized():
         yield
         return
-    timeout = timedelta(seconds=TIMEOUT_S)
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world_size, timeout=timeout)
+    timeout, address = timedelta(seconds=TIMEOUT_S), f"file://{meeting}"
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world_size, timeout=timeout)
     try:
         yield
     finally:
         dist.destroy_process_group()
 
 
-def _verification(
-    config: TrainConfig, dataset: TokenDataset, folder: Path, world_size: int, trainer_class: type[EftTrainer]
+def ranks_verification(
+    config: TrainConfig,
+    documents: Sequence[TokenSample],
+    folder: Path,
+    world_size: int,
+    trainer_class: type[EftTrainer],
+    *,
+    global_batch_size: int | None = None,
 ) -> Verification:
-    """The user's model by DDP, over the excerpt."""
-    config = config.model_copy(update={**ONE_COPY_EACH, "global_batch_size": world_size * config.micro_batch_size})
+    """The user's model by DDP, over the excerpt; default of a step: one micro-batch of each process."""
+    batch = {"global_batch_size": global_batch_size or world_size * config.micro_batch_size}
+    config = config.model_copy(update={**ONE_COPY_EACH, "gradient_accumulation_steps": None, **batch})
     tokenizer = prepare_tokenizer(config)
-    model = load_trainable_model(config, tokenizer)
+    again = partial(load_trainable_model, config, tokenizer)
+    dataset = as_dataset(documents)
     plan = plan_of(config, dataset, world_size)
     meta = DatasetMeta(dataset, None, plan.total_steps)
-    return Verification(config, folder, tokenizer, meta, model, plan, world_size, trainer_class=trainer_class)
+    return Verification(config, folder, tokenizer, meta, again(), plan, world_size, again, trainer_class)
 
 
 def _step(verification: Verification, rank: int, world_size: int) -> dict[str, torch.Tensor]:

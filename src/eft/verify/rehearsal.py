@@ -12,7 +12,7 @@ from eft.callbacks.start_checks import AUDIT_STEP
 from eft.callbacks.stopping import StopOnRequest
 from eft.config.root import TrainConfig
 from eft.core.errors import ConfigError, PromiseBroken
-from eft.core.records import PromiseResult, TokenDataset
+from eft.core.records import PromiseResult, TokenDataset, TokenSample
 from eft.optim.schedulers import learning_rates
 from eft.trainer.trainer import EftTrainer
 from eft.verify.excerpt import as_dataset, cut, documents_for
@@ -74,17 +74,9 @@ def rehearse(verification: Verification) -> Rehearsal:
     Raises:
         ConfigError, ModelError: the trainer cannot be built from this config.
     """
-    config, plan = verification.config, verification.plan
-    per_bin = TOKENS // (STEPS * plan.global_batch_size)
-    capacity = min(config.sequence_len, LONGEST_BIN, max(SHORTEST_BIN, per_bin))
-    bins = STEPS * plan.global_batch_size
-    documents = documents_for(plan, bins=bins, capacity=capacity, packed=config.sample_packing)
-    horizon = STEPS if _fits(config, STEPS) else plan.total_steps
-    # Whatever the run's own checkpoints leave out, this one is to be continued.
-    saving = {"save_only_model": False, "save_asynchronously": True, "verify_saves": "never"}
-    short = verification.config_with({"sequence_len": capacity, "max_steps": horizon, **saving})
-    trainer = _trainer(verification, short, as_dataset(documents))
-    rehearsal, fed = Rehearsal(trainer, short, horizon), record_fed(trainer)
+    short, dataset = short_run(verification)
+    trainer = rehearsal_trainer(verification, short, dataset)
+    rehearsal, fed = Rehearsal(trainer, short, int(short.max_steps or 0)), record_fed(trainer)
     try:
         trainer.train()
         rehearsal.trace = Trace.of(trainer, fed)
@@ -95,6 +87,26 @@ def rehearse(verification: Verification) -> Rehearsal:
         logger.debug("the rehearsal broke off", exc_info=True)
         rehearsal.error = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
     return rehearsal
+
+
+def short_documents(verification: Verification, global_batch_size: int) -> tuple[list[TokenSample], int]:
+    """Documents for STEPS steps of so many bins, and the capacity that the bins are cut to."""
+    config = verification.config
+    per_bin = TOKENS // (STEPS * global_batch_size)
+    capacity = min(config.sequence_len, LONGEST_BIN, max(SHORTEST_BIN, per_bin))
+    bins = STEPS * global_batch_size
+    return documents_for(verification.plan, bins=bins, capacity=capacity, packed=config.sample_packing), capacity
+
+
+def short_run(verification: Verification) -> tuple[TrainConfig, TokenDataset]:
+    """The user's config, cut to STEPS steps (`max_steps` is more where the schedule needs it), and rows for them."""
+    config, plan = verification.config, verification.plan
+    documents, capacity = short_documents(verification, plan.global_batch_size)
+    horizon = STEPS if _fits(config, STEPS) else plan.total_steps
+    # Whatever the run's own checkpoints leave out, this one is to be continued.
+    saving = {"save_only_model": False, "save_asynchronously": True, "verify_saves": "never"}
+    short = verification.config_with({"sequence_len": capacity, "max_steps": horizon, **saving})
+    return short, as_dataset(documents)
 
 
 def check_resume(verification: Verification, rehearsal: Rehearsal) -> PromiseResult:
@@ -108,17 +120,19 @@ def check_resume(verification: Verification, rehearsal: Rehearsal) -> PromiseRes
         # One model in memory at a time.
         before.model.to("meta")
         verification.model = verification.load_model()
-    trainer = _trainer(verification, rehearsal.config, before.train_dataset)
+    trainer = rehearsal_trainer(verification, rehearsal.config, before.train_dataset)
     if verification.load_model is None:
         spoil(before)
     fed = record_fed(trainer)
     trainer.train(resume_from_checkpoint=str(trainer.parts.checkpoint.path(STOP)))
-    to_the_bit = trainer.accelerator.device.type == "cpu" or rehearsal.config.deterministic
+    # Sums over more than two processes have an order, which DDP finds out in its first step.
+    repeats = trainer.accelerator.device.type == "cpu" and verification.world_size <= 2
+    to_the_bit = repeats or rehearsal.config.deterministic
     return compare_traces(rehearsal.trace, Trace.of(trainer, fed), stopped_after=STOP, to_the_bit=to_the_bit)
 
 
-def _trainer(verification: Verification, config: TrainConfig, dataset: TokenDataset) -> EftTrainer:
-    """Of the rehearsal: saves at STOP and at no other step."""
+def rehearsal_trainer(verification: Verification, config: TrainConfig, dataset: TokenDataset) -> EftTrainer:
+    """Saves at STOP and at no other step."""
     trainer = verification.build_trainer(config, dataset, _short_evals(verification, config.sequence_len))
     trainer.parts.flow = replace(
         trainer.parts.flow,

@@ -34,6 +34,8 @@ LEFT_OUT: Mapping[str, Any] = {
     # The learning rate of every step is compared.
     "logging_steps": 1,
     "resume_from_checkpoint": None,
+    # What is fed is noted where it is collated.
+    "dataloader_num_workers": 0,
     # Noise would hide what is compared; it has tests of its own.
     "neftune_noise_alpha": None,
 }

@@ -31,6 +31,7 @@ _THINKING_TAGS = (
     ("<reasoning>", "</reasoning>"),
     ("<|begin_of_thought|>", "<|end_of_thought|>"),
 )
+THINKING_STARTS = tuple(opening for opening, _ in _THINKING_TAGS)
 _SOLUTION_TAGS = ("<|begin_of_solution|>", "<|end_of_solution|>")
 
 
@@ -172,7 +173,7 @@ def _message(where: str, turn: dict[str, Any], properties: Properties, roles: di
         hint = f"; did you mean {close!r}?" if close else ""
         raise DataError(
             f"{where}: unknown role {shown(role)}, expected one of {', '.join(roles)}{hint} "
-            f"(a `roles` mapping adds names: {{assistant: [{shown(role)}]}})"
+            f"(a `roles` mapping adds names: {{{roles[close] if close else 'assistant'}: [{shown(role)}]}})"
         )
     message: dict[str, Any] = {"role": roles[role]}
     reasoning = _reasoning(where, turn, properties)
@@ -266,7 +267,8 @@ def _tool_calls(where: str, calls: Any) -> list[dict[str, Any]]:
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise DataError(f"{where}: tool call {number} has no name; expected {{'function': {{'name': …, …}}}}")
         arguments = function.get("arguments")
-        arguments = parsed(where, "{}" if arguments in (None, "") else arguments, f"arguments of tool call {number}")
+        name = f"arguments of tool call {number}"
+        arguments = parsed(where, "{}" if arguments in (None, "") else arguments, name, "an object")
         if not isinstance(arguments, dict):
             kind = type(arguments).__name__
             raise DataError(f"{where}: arguments of tool call {number} are a {kind}, expected an object")
@@ -294,7 +296,7 @@ def _tools(where: str, tools: Any) -> list[dict[str, Any]] | None:
         if not isinstance(function.get("name"), str):
             raise DataError(f"{where}: tool {number} has no name, expected {{'function': {{'name': …, …}}}}")
         if isinstance(function.get("parameters"), str):
-            parameters = parsed(where, function["parameters"], f"parameters of tool {number}")
+            parameters = parsed(where, function["parameters"], f"parameters of tool {number}", "an object")
             tool = {**tool, "function": {**function, "parameters": parameters}}
         result.append(require_json(where, tool, f"tool {number}"))
     return result

@@ -10,6 +10,9 @@ from eft.config.data import DatasetConfig
 from eft.core.records import Message, Segment, TokenSample
 from eft.data.readers import Row
 
+MARK = "\ufdd0"
+"""Stands for an image in the text of a turn. A noncharacter: Unicode keeps it for uses like this, no text holds it."""
+
 
 @dataclass(frozen=True)
 class Part:

@@ -8,6 +8,15 @@ from typing import Any
 from eft.core.errors import DataError, nearest
 
 _LONGEST_LIST = 12
+_TELLING = {
+    "messages": "chat_template",
+    "conversations": "sharegpt",
+    "instruction": "alpaca",
+    "segments": "input_output",
+    "input_ids": "pretokenized",
+    "text": "completion",
+}
+"""Fields that tell the format of a row."""
 
 
 def listed(names: Any) -> str:
@@ -66,7 +75,10 @@ def field(where: str, data: dict[str, Any], name: str, key: str | None, expected
     problem = f"field {name!r} is null" if name in data else f"no field {name!r}"
     close = None if name in data else nearest(name, [str(other) for other in data])
     hint = "" if key is None else f" (`{key}` names it)"
-    if close is not None:
+    told = next((column for column in _TELLING if column in data), None) if name in _TELLING else None
+    if told is not None and close is None and name not in data:
+        hint = f"; rows with {told!r} are those of `type: {_TELLING[told]}`"
+    elif close is not None:
         hint = f"; did you mean `{key}: {close}`?" if key else f"; rename {close!r}"
     raise DataError(f"{where}: {problem}, expected {expected}; the row has {listed(data)}{hint}")
 
@@ -89,11 +101,12 @@ def is_given(value: Any) -> bool:
     return value is not None and not (isinstance(value, (str, list, dict)) and not value)
 
 
-def parsed(where: str, value: Any, name: str) -> Any:
+def parsed(where: str, value: Any, name: str, expected: str = "a list") -> Any:
     """A value that some data sets store as JSON text."""
     if not isinstance(value, str):
         return value
     try:
         return json.loads(value)
     except (ValueError, RecursionError) as error:  # no JSON, nested too deeply, a number of thousands of digits
-        raise DataError(f"{where}: {name!r} is text but not JSON ({error}); expected a list or JSON text") from error
+        problem = f"{where}: {name!r} is text but not JSON ({error})"
+        raise DataError(f"{problem}; expected {expected} or JSON text") from error
