@@ -184,7 +184,7 @@ def test_a_tracker_without_its_package_is_named(
 ) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setattr(
-        "eft.builder.find_spec",
+        "eft.trainer.training_args.find_spec",
         lambda name: None if name in ("wandb", "sqlalchemy") else importlib.util.find_spec(name),
     )
     for key, message in (("use_wandb", "needs the package wandb"), ("use_mlflow", "Set `mlflow_tracking_uri`")):

@@ -112,7 +112,10 @@ def lines_in(name: str, content: bytes) -> int | None:
     return None
 
 
-WHERE = re.compile(r" (line|row|item) \d+|cannot be read|no rows|is a \w+ file|none of its \d+ rows|is not UTF-8 text")
+WHERE = re.compile(
+    r" (line|row|item) \d+|cannot be read|no rows|is a \w+ file|none of its \d+ rows|is not UTF-8 text"
+    r"|is UTF-16 text"
+)
 
 
 def require_message(error: DataError, path: Path) -> None:

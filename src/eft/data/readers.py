@@ -124,7 +124,7 @@ def _chunks(file: Path, expected: str) -> Iterator[bytes]:
                     if chunk.startswith(magic):
                         raise DataError(f"{file}: is a {name} file by its content; expected {expected}")
                 _refuse_pointer(file, chunk)
-                if chunk.startswith(_UTF16_BOMS) or b"\0" in chunk[:2]:
+                if chunk.startswith(_UTF16_BOMS) or chunk[:64].count(0) > len(chunk[:64]) // 3:
                     convert = "`iconv -f UTF-16 -t UTF-8` converts it"
                     raise DataError(f"{file}: is UTF-16 text, which is not read; expected UTF-8 ({convert})")
                 chunk = chunk.removeprefix(_BOM)
