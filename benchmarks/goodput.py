@@ -126,8 +126,8 @@ def main() -> None:
     """Measure, print, and write the section of docs/benchmarks.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--interval", type=int, default=50, help="`save_steps`.")
+    parser.add_argument("--steps", type=int, default=16_000)
+    parser.add_argument("--interval", type=int, default=200, help="`save_steps`.")
     parser.add_argument("--shortest", type=float, default=2.0, help="Seconds of training before a kill, at least.")
     parser.add_argument("--longest", type=float, default=8.0, help="The same, at most.")
     parser.add_argument("--seed", type=int, default=0)
