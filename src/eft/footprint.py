@@ -245,7 +245,7 @@ def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[Tensor, None]:
     groups = query.shape[1] // key.shape[1]
-    output = _KeptByAttention.apply(query, repeat_kv(key, groups), repeat_kv(value, groups))  # type: ignore[no-untyped-call]
+    output = _KeptByAttention.apply(query, repeat_kv(key, groups), repeat_kv(value, groups))  # type: ignore[no-untyped-call]  # torch's has no types
     return output.transpose(1, 2).contiguous(), None
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import random
 import re
 import signal
 import subprocess
@@ -16,40 +14,17 @@ from typing import Any
 
 import yaml
 
-from tests.tiny import tiny_tokenizer
-from tests.tiny_models import tiny_model
+from tests.tiny_run import lay_out
 
 
 def write_run(folder: Path, **keys: Any) -> Path:
     """A tiny model, rows and run.yaml in `folder`: LoRA with dropout, packed, 12 steps, a checkpoint every two."""
-    tokenizer = tiny_tokenizer()
-    tiny_model("llama", vocab_size=len(tokenizer)).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    words, draw = "alpha beta gamma delta one two three red green blue".split(), random.Random(0)
-    with (folder / "rows.jsonl").open("w") as file:
-        for number in range(64):
-            question = f"{number} " + " ".join(draw.choices(words, k=draw.randint(1, 16)))
-            answer = " ".join(draw.choices(words, k=draw.randint(1, 12)))
-            turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-            file.write(json.dumps({"messages": turns}) + "\n")
     values = {
-        "base_model": str(folder / "model"),
-        "datasets": [{"path": str(folder / "rows.jsonl"), "type": "chat_template"}],
-        "dataset_prepared_path": str(folder / "cache"),
-        "val_set_size": 0.1,
-        "sequence_len": 192,
-        "sample_packing": True,
-        "micro_batch_size": 1,
+        **lay_out(folder),
         "global_batch_size": 2,
         "max_steps": 12,
-        "learning_rate": 1e-2,
-        "adapter": "lora",
-        "lora_target_linear": True,
-        "lora_dropout": 0.1,
-        "bf16": False,
         "save_steps": 2,
         "eval_steps": 3,
-        "verify_saves": "never",
         "output_dir": str(folder / "out"),
         **keys,
     }

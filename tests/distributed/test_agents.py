@@ -95,6 +95,7 @@ def test_a_lost_launcher_ends_the_other_and_the_same_commands_continue(lost: int
     assert code != 0
     assert "Traceback" not in text.split("error: ")[0]
     assert any(words in text for words in ("same command", "Start the same")), text
+    assert jobs[lost].end()[0] == -signal.SIGKILL
     # Nobody goes on without its launcher.
     end = time.monotonic() + 30
     while any(environment_of(process) for process in with_it):

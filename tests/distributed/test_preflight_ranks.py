@@ -106,7 +106,7 @@ def test_where_all_work_together_the_one_that_fails_ends_the_others(tmp_path: Pa
     """Rank 0 waits for weights of rank 1; whoever has started them ends it, and shows the first message."""
     keys = settings(tmp_path / "out", preflight=True, max_steps=3, **MODES["FSDP2"])
     with pytest.raises(ProcessException) as caught:
-        start_processes(sharded_rank, (keys, str(tmp_path)), 2, start_method="fork")  # type: ignore[no-untyped-call]
+        start_processes(sharded_rank, (keys, str(tmp_path)), 2, start_method="fork")
     message = str(caught.value).strip().splitlines()[-1]
     assert "ConfigError: preflight: the training step of rank 1 does not fit: it needs more than" in message
     assert "not tried: `gradient_checkpointing: true`, `gradient_checkpointing_every: 2`; " in message

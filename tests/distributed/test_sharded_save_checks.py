@@ -82,7 +82,7 @@ def test_one_that_differs_is_not_kept(tmp_path: Path) -> None:
     """What is read back from the disk equals what was written, but that was not the live state."""
     keys = settings(tmp_path / "out", **KEYS)
     with pytest.raises(ProcessException) as caught:
-        start_processes(faulty_rank, (keys, str(tmp_path)), 2, start_method="fork")  # type: ignore[no-untyped-call]
+        start_processes(faulty_rank, (keys, str(tmp_path)), 2, start_method="fork")
     message = str(caught.value).strip().splitlines()[-1]
     assert "PromiseBroken: E6 VERIFIED" in message
     assert "2 of 21 tensors differ: model.layers.0.self_attn.q_proj.weight" in message

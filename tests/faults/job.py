@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-import random
 import signal
 import sys
 import time
@@ -31,8 +30,7 @@ from eft.core.hashing import hash_file
 from eft.data.dataset_meta import DatasetMeta
 from eft.runtime import run_folder
 from eft.runtime.checkpoint import CheckpointStore
-from tests.tiny import tiny_tokenizer
-from tests.tiny_models import tiny_model
+from tests.tiny_run import lay_out
 
 STEPS = 12
 SAVE_EVERY = 2
@@ -73,7 +71,15 @@ class Job:
         """Model, rows and config, prepared data, and the run that nobody touches."""
         # As `eft train` does; and a bar's lock, which all forks share, would stay taken by one that is killed.
         quiet_libraries()
-        job = cls(folder, {**_lay_out(folder), **changes})
+        settings = {
+            **lay_out(folder),
+            "gradient_accumulation_steps": 2,
+            "max_steps": STEPS,
+            "save_steps": SAVE_EVERY,
+            "save_total_limit": 2,
+            "eval_steps": EVALUATE_EVERY,
+        }
+        job = cls(folder, {**settings, **changes})
         job.meta = inputs.load_datasets(config_from_mapping({**job.settings, "output_dir": str(folder / "none")}))
         # Every training collects garbage; without what the imports left there is little to walk through.
         gc.collect()
@@ -191,36 +197,3 @@ def status(output: Path) -> str:
     """What run.json says; `none` before it is there."""
     path = output / "run.json"
     return str(json.loads(path.read_text())["status"]) if path.exists() else "none"
-
-
-def _lay_out(folder: Path) -> dict[str, Any]:
-    tokenizer = tiny_tokenizer()
-    tiny_model("llama", vocab_size=len(tokenizer)).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    words, draw = ["alpha", "beta", "gamma", "delta", "one", "two", "three", "red", "green", "blue"], random.Random(0)
-    with (folder / "rows.jsonl").open("w") as file:
-        for number in range(64):
-            question = f"{number} " + " ".join(draw.choices(words, k=draw.randint(1, 16)))
-            answer = " ".join(draw.choices(words, k=draw.randint(1, 12)))
-            turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-            file.write(json.dumps({"messages": turns}) + "\n")
-    return {
-        "base_model": str(folder / "model"),
-        "datasets": [{"path": str(folder / "rows.jsonl"), "type": "chat_template"}],
-        "dataset_prepared_path": str(folder / "cache"),
-        "val_set_size": 0.1,
-        "sequence_len": 192,
-        "sample_packing": True,
-        "micro_batch_size": 1,
-        "gradient_accumulation_steps": 2,
-        "max_steps": STEPS,
-        "learning_rate": 1e-2,
-        "adapter": "lora",
-        "lora_target_linear": True,
-        "lora_dropout": 0.1,
-        "bf16": False,
-        "save_steps": SAVE_EVERY,
-        "save_total_limit": 2,
-        "eval_steps": EVALUATE_EVERY,
-        "verify_saves": "never",
-    }

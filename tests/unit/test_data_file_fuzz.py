@@ -114,7 +114,7 @@ def lines_in(name: str, content: bytes) -> int | None:
 
 WHERE = re.compile(
     r" (line|row|item) \d+|cannot be read|no rows|is a \w+ file|none of its \d+ rows|is not UTF-8 text"
-    r"|is UTF-16 text"
+    r"|is UTF-16 text"  # a byte order mark is among the pieces
 )
 
 

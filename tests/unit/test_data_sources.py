@@ -174,6 +174,11 @@ BROKEN: dict[str, tuple[str, bytes, str]] = {
     "an array that is not UTF-8": ("a.json", b'[{"a": "\xff"}]', "a.json: is not UTF-8 text"),
     "UTF-16": ("a.jsonl", '{"a": 1}'.encode("utf-16"), "a.jsonl: is UTF-16 text, which is not read; expected UTF-8 ("),
     "UTF-16 without its mark": ("a.jsonl", '{"a": 1}'.encode("utf-16-be"), "a.jsonl: is UTF-16 text"),
+    "a hole of zeros, which a lost disk block leaves": (
+        "a.jsonl",
+        bytes(512) + jsonl(),
+        "a.jsonl line 1, column 1: broken JSON",
+    ),
     "CSV in UTF-16": ("a.csv", "a,b\n1,2\n".encode("utf-16"), "a.csv: is UTF-16 text"),
     "a pointer of Git LFS": (
         "a.jsonl",

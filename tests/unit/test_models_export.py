@@ -112,7 +112,7 @@ def test_a_partly_trained_model_is_saved_exactly(tmp_path: Path, tied: bool, sav
     _assert_passes(tmp_path / "out", model, dtype)
     assert manifest["dtype"] == str(dtype).removeprefix("torch.")
     with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
-        assert ("lm_head.weight" in file.keys()) is not tied  # noqa: SIM118
+        assert ("lm_head.weight" in file.keys()) is not tied  # noqa: SIM118  # safetensors' file has no `in`
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
     assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied

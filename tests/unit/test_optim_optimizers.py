@@ -65,7 +65,7 @@ def loss_of(model: nn.Module, step: int = 0) -> torch.Tensor:
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any, steps: range) -> None:
     for step in steps:
-        loss_of(model, step).backward()  # type: ignore[no-untyped-call]
+        loss_of(model, step).backward()
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()

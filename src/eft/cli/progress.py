@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Column
 
 from eft.cli.console import error_console
@@ -32,12 +32,12 @@ def data_progress(console: Console) -> Iterator[Report]:
         TextColumn("{task.fields[speed]}"),
     )
     with Progress(*columns, console=console, transient=True, expand=True) as progress:
-        tasks: dict[str, int] = {}
+        tasks: dict[str, TaskID] = {}
 
         def report(what: str, done: int, total: int | None, speed: str) -> None:
             if what not in tasks:
                 tasks[what] = progress.add_task(what.rsplit("/")[-1], total=total, speed=speed)
-            progress.update(tasks[what], completed=done, total=total, speed=speed)  # type: ignore[arg-type]  # rich's own TaskID
+            progress.update(tasks[what], completed=done, total=total, speed=speed)
 
         yield report
 

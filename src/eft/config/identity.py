@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from eft.config.logging import LoggingConfig
+from eft.config.parallel import RAY_KEYS
 from eft.config.root import TrainConfig
 from eft.core.hashing import hash_json
 
@@ -34,13 +35,7 @@ FREE_KEYS = frozenset(LoggingConfig.model_fields) | {
     "deepspeed",
     "ddp_find_unused_parameters",
     "ddp_bucket_cap_mb",
-    "use_ray",
-    "ray_num_workers",
-    "resources_per_worker",
-    "ray_placement_strategy",
-    "ray_max_failures",
-    "ray_run_name",
-    "ray_storage_path",
+    *RAY_KEYS,
     # What is written when; the weights on the way do not depend on it.
     "save_strategy",
     "save_steps",

@@ -91,6 +91,17 @@ class ParallelConfig(Section):
     )
 
 
+RAY_KEYS = (
+    "use_ray",
+    "ray_num_workers",
+    "resources_per_worker",
+    "ray_placement_strategy",
+    "ray_max_failures",
+    "ray_run_name",
+    "ray_storage_path",
+)
+
+
 def asks_for_parts(keys: ParallelConfig) -> bool:
     """Whether transformers is to split the model while it loads it, so that each process reads its own part only."""
     return keys.tensor_parallel_size > 1 or bool((keys.fsdp_config or {}).get("cpu_ram_efficient_loading"))

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 
 from eft.config.data import DataConfig
 from eft.config.model import AdapterConfig, FreezingConfig, ModelConfig
+from eft.config.parallel import RAY_KEYS
 from eft.config.section import Section
 from eft.core.records import PromiseResult
 
@@ -19,13 +20,7 @@ KEYS_OF_RUN = frozenset(
         "save_dtype",
         "verify_saves",
         "stall_timeout",
-        "use_ray",
-        "ray_num_workers",
-        "resources_per_worker",
-        "ray_placement_strategy",
-        "ray_max_failures",
-        "ray_run_name",
-        "ray_storage_path",
+        *RAY_KEYS,
     }
 )
 """Read by `eft.run` itself, some of them only after the training, or by what starts its processes."""

@@ -38,7 +38,7 @@ class CheckpointError(EftError):
     """A checkpoint is missing, incomplete or does not belong to this run (exit code 2)."""
 
 
-class RunFinished(CheckpointError):  # noqa: N818  # no fault
+class RunFinished(CheckpointError):  # noqa: N818  # the run is over, which is no error
     """The same run was finished here before, so that nothing is left to do (exit code 0)."""
 
 

@@ -12,6 +12,7 @@ import importlib
 import inspect
 import shutil
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,6 +69,17 @@ class PreparedData:
     """For the gates."""
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """`test_datasets`, prepared without training data."""
+
+    evals: dict[str, SampleSet]
+    accounts: list[SourceLedger]
+    notes: list[str]
+    """One line per entry, as in `PreparedData.cache_note`."""
+    gated: list[GatedEntry]
+
+
 @dataclass
 class _Prepared:
     store: TokenStore
@@ -113,20 +125,20 @@ def prepare_datasets(cfg: DataConfig, tokenizer: Any, *, progress: Progress | No
     _account_mixture(trains, mixture)
     ledger = Ledger([entry.account for entry in (*trains, *tests)])
     ledger.check()
-    conversations = _conversations(list(evals.values()))
+    conversations, tools = conversations_of(evals)
     return PreparedData(
         train=train,
         evals=dict(evals),
         ledger=ledger,
         cache_note="\n".join(entry.note for entry in (*trains, *tests)),
-        eval_conversations=[conversation["messages"] for conversation in conversations],
-        eval_tools=[conversation["tools"] for conversation in conversations],
+        eval_conversations=conversations,
+        eval_tools=tools,
         gated=GatedData(_gated(cfg, tokenizer, trains, tests), train, dict(evals)),
     )
 
 
-def prepare_held_out(cfg: DataConfig, tokenizer: Any, *, progress: Progress | None = None) -> PreparedData:
-    """`test_datasets` alone, for training data that are not prepared; `train` has no samples then.
+def prepare_held_out(cfg: DataConfig, tokenizer: Any, *, progress: Progress | None = None) -> HeldOut:
+    """`test_datasets` alone, for training data that are streamed.
 
     Raises DataError, PromiseBroken.
     """
@@ -134,20 +146,10 @@ def prepare_held_out(cfg: DataConfig, tokenizer: Any, *, progress: Progress | No
     report = progress or (lambda what, done, total, speed: None)
     specs = cfg.test_datasets or []
     tests = [_prepare_entry(spec, "eval", cfg, tokenizer, location, report) for spec in specs]
-    ledger = Ledger([entry.account for entry in tests])
-    ledger.check()
-    stores = [entry.store for entry in tests]
-    conversations = _conversations(list(stores)) if stores else []
-    evals: dict[str, SampleSet] = dict(zip(_eval_names(specs), stores, strict=True)) if specs else {}
-    return PreparedData(
-        train=None,  # type: ignore[arg-type]  # set by the caller, who has the stream
-        evals=dict(evals),
-        ledger=ledger,
-        cache_note="\n".join(entry.note for entry in tests),
-        eval_conversations=[conversation["messages"] for conversation in conversations],
-        eval_tools=[conversation["tools"] for conversation in conversations],
-        gated=GatedData(_gated(cfg, tokenizer, [], tests), None, dict(evals)),
-    )
+    accounts = [entry.account for entry in tests]
+    Ledger(accounts).check()
+    evals: dict[str, SampleSet] = dict(zip(_eval_names(specs), (entry.store for entry in tests), strict=True))
+    return HeldOut(evals, accounts, [entry.note for entry in tests], _gated(cfg, tokenizer, [], tests))
 
 
 # ---- one entry -----------------------------------------------------------------------------------------------------
@@ -349,10 +351,12 @@ def _portion(store: TokenStore, indices: Int64Array) -> Portion:
     )
 
 
-def _conversations(evals: list[SampleSet]) -> list[dict[str, Any]]:
-    """Conversations from the start of each held-out set, an equal number of each."""
+def conversations_of(
+    evals: Mapping[str, SampleSet],
+) -> tuple[list[list[Message]], list[list[dict[str, Any]] | None]]:
+    """Conversations from the start of each held-out set, an equal number of each, and the tools of each."""
     found: list[dict[str, Any]] = []
-    for dataset in evals:
+    for dataset in evals.values():
         share = min(MAX_CONVERSATIONS // len(evals), len(dataset))
         found += [conversation for index in range(share) if (conversation := dataset.conversation(index)) is not None]
-    return found
+    return [conversation["messages"] for conversation in found], [conversation["tools"] for conversation in found]

@@ -115,6 +115,12 @@ def _evenly(pieces: Iterator[bytes]) -> Iterator[bytes]:
         yield bytes(pending)
 
 
+def _is_utf16(chunk: bytes) -> bool:
+    """By its byte order mark; or every other byte at the start is zero, as in a script of 256 letters."""
+    halves = chunk[:64:2].count(0), chunk[1:64:2].count(0)
+    return chunk.startswith(_UTF16_BOMS) or (max(halves) > len(chunk[:64]) // 3 and min(halves) == 0)
+
+
 def _chunks(file: Path, expected: str) -> Iterator[bytes]:
     """The bytes of a possibly compressed text file in pieces, without a byte order mark."""
     try:
@@ -124,7 +130,7 @@ def _chunks(file: Path, expected: str) -> Iterator[bytes]:
                     if chunk.startswith(magic):
                         raise DataError(f"{file}: is a {name} file by its content; expected {expected}")
                 _refuse_pointer(file, chunk)
-                if chunk.startswith(_UTF16_BOMS) or chunk[:64].count(0) > len(chunk[:64]) // 3:
+                if _is_utf16(chunk):
                     convert = "`iconv -f UTF-16 -t UTF-8` converts it"
                     raise DataError(f"{file}: is UTF-16 text, which is not read; expected UTF-8 ({convert})")
                 chunk = chunk.removeprefix(_BOM)

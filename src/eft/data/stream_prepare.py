@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,11 @@ from eft.data.block_encoder import EncodedBlock, Job
 from eft.data.block_set import BlockSet
 from eft.data.encoded import EncodedRows
 from eft.data.entry import Progress
-from eft.data.gates_entry import GatedEntry
+from eft.data.gates_entry import GatedData, GatedEntry
 from eft.data.ledger import Ledger
 from eft.data.masking_code import masking_code
-from eft.data.prepare import PreparedData, names_of, prepare_held_out, template_for
-from eft.data.sample_set import DIGEST_DTYPE, Digests, SampleSet, TokenView
+from eft.data.prepare import PreparedData, conversations_of, names_of, prepare_held_out, template_for
+from eft.data.sample_set import DIGEST_DTYPE, Digests, TokenView
 from eft.data.sources import size_hint
 from eft.data.speed import num_processes, with_fast_tokenizer
 from eft.data.stream import StreamDataset, WindowRule
@@ -39,8 +38,8 @@ def prepare_stream(cfg: TrainConfig, tokenizer: Any, *, progress: Progress | Non
     Reads the first block of each source, so that what is wrong with all rows is told before a model is loaded.
     Raises DataError as `prepare_datasets` does.
     """
-    prepared = prepare_held_out(cfg, tokenizer, progress=progress)
-    digests = [data.id_digests for data in prepared.evals.values() if isinstance(data, SampleSet)]
+    held_out = prepare_held_out(cfg, tokenizer, progress=progress)
+    digests = [data.id_digests for data in held_out.evals.values()]
     forbidden: Digests = np.concatenate([np.zeros(0, DIGEST_DTYPE), *digests])
     names = names_of(cfg.datasets)
     shares = _shares(cfg.datasets)
@@ -64,21 +63,23 @@ def prepare_stream(cfg: TrainConfig, tokenizer: Any, *, progress: Progress | Non
         sources.append(source)
         rows, account = without_held_out(first, forbidden)
         if len(rows):
-            shown = f"{name} (its first block)"
-            gated.append(GatedEntry(shown, spec, cfg, BlockSet(rows), account, tokenizer, source.job.template))
+            title = f"{name} (its first block)"
+            gated.append(GatedEntry(title, spec, cfg, BlockSet(rows), account, tokenizer, source.job.template))
     if not head:
         raise DataError(f"{cfg.datasets[0].path}: none of the first rows can be trained on")
-    prepared.train = StreamDataset(sources, _fingerprint(cfg, tokenizer, sources), head)
-    if gated and prepared.gated is not None:
-        blocks = [entry.store for entry in gated]
-        every = np.arange(sum(len(block) for block in blocks))
-        prepared.gated = replace(
-            prepared.gated, entries=[*gated, *prepared.gated.entries], train=TokenView(blocks, every)
-        )
-    notes = [f"{spec.path}: tokenised while training" for spec in cfg.datasets]
-    prepared.cache_note = "\n".join(filter(None, (*notes, prepared.cache_note)))
-    prepared.ledger = Ledger([*(source.start().account for source in sources), *prepared.ledger.sources])
-    return prepared
+    # All rows of a source may be held-out ones; then there is no view of them for the gates.
+    shown = [entry.store for entry in gated]
+    train = TokenView(shown, np.arange(sum(len(block) for block in shown))) if shown else None
+    conversations, tools = conversations_of(held_out.evals)
+    return PreparedData(
+        train=StreamDataset(sources, _fingerprint(cfg, tokenizer, sources), head),
+        evals=dict(held_out.evals),
+        ledger=Ledger([*(source.start().account for source in sources), *held_out.accounts]),
+        cache_note="\n".join([*(f"{spec.path}: tokenised while training" for spec in cfg.datasets), *held_out.notes]),
+        eval_conversations=conversations,
+        eval_tools=tools,
+        gated=GatedData([*gated, *held_out.gated], train, dict(held_out.evals)),
+    )
 
 
 def plan_of_stream(cfg: TrainConfig, stream: StreamDataset, global_batch_size: int) -> StreamPlan:

@@ -41,7 +41,7 @@ def trainable_token_loss(
     assert logits.ndim == 2, logits.shape
     assert targets.shape == logits.shape[:1], (targets.shape, logits.shape)
     assert weights is None or weights.shape == targets.shape, weights.shape
-    loss: Tensor = _TrainableTokenLoss.apply(logits, targets, weights, objective, groups)  # type: ignore[no-untyped-call]
+    loss: Tensor = _TrainableTokenLoss.apply(logits, targets, weights, objective, groups)  # type: ignore[no-untyped-call]  # torch's has no types
     return loss
 
 

@@ -304,7 +304,7 @@ def _as_is(tensor: Tensor) -> Tensor:
 
 def _connect(total: Tensor, inputs: Sequence[Tensor], gradients: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor:
     """`total` in `dtype`, as a function of `inputs` with these gradients."""
-    connected: Tensor = _Precomputed.apply(total, dtype, list(gradients), *inputs)  # type: ignore[no-untyped-call]
+    connected: Tensor = _Precomputed.apply(total, dtype, list(gradients), *inputs)  # type: ignore[no-untyped-call]  # torch's has no types
     return connected
 
 

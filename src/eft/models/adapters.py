@@ -80,7 +80,7 @@ def apply_adapter(
     with seeded_rng(seed, model):
         try:
             adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
-        except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+        except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:  # peft, of what it cannot adapt
             what = str(error).partition("(")[0].strip()  # in brackets peft prints the whole module
             if "is not supported" in str(error):
                 what = f"lora_target_modules: {what} cannot take a LoRA adapter; name linear layers"
@@ -332,7 +332,7 @@ def _convert(parameter: nn.Parameter, dtype: torch.dtype) -> None:
     if isinstance(parameter, DTensor):
         # Assigned data would change what it says of itself, and not the part that lies here.
         converted = nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad)
-        torch.utils.swap_tensors(parameter, converted)  # type: ignore[no-untyped-call]  # torch's own stubs lack it
+        torch.utils.swap_tensors(parameter, converted)
     else:
         parameter.data = parameter.data.to(dtype)
 

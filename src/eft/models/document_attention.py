@@ -92,7 +92,7 @@ def document_mask(*args: Any, **kwargs: Any) -> Tensor | None:
 
 
 # The documents' lengths are read on the host, which no graph can hold.
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's has no types
 def document_attention(
     module: nn.Module,
     query: Tensor,

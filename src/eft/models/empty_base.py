@@ -83,7 +83,7 @@ def is_empty(parameter: Tensor) -> bool:
 def empty_adapted(facts: AdapterFacts, base: Path) -> PeftModel:
     """`empty_base` with the adapter on top; the adapter's tensors are real, fp32 and on the CPU."""
     with safe_open(facts.folder / "adapter_model.safetensors", framework="pt") as file:
-        saved = [name.removeprefix("base_model.model.") for name in file.keys()]  # noqa: SIM118  (not a dict)
+        saved = [name.removeprefix("base_model.model.") for name in file.keys()]  # noqa: SIM118  # safetensors' file cannot be iterated
     names = [name.replace(".token_adapter.", ".").replace(".base_layer.", ".") for name in saved]
     model = empty_base(base, facts.rows, names)
     try:

@@ -132,7 +132,7 @@ def _probe(model: PreTrainedModel | PeftModel) -> tuple[Tensor, Tensor]:
     try:
         with without_compilation():
             logits: Tensor = model(input_ids=ids, use_cache=False).logits[0].float()
-            torch.logsumexp(logits, dim=-1).mean().backward()  # type: ignore[no-untyped-call]
+            torch.logsumexp(logits, dim=-1).mean().backward()
         found = [p.grad.flatten().float().cpu() for p in model.parameters() if p.grad is not None]
     finally:
         model.zero_grad()

@@ -37,13 +37,13 @@ def tiled_attention(
     T → bf16 [1, T, H, E]. Differentiable; nothing of size T² is kept (softmax is recomputed as in FlashAttention, Dao
     et al. 2022, algorithm 4).
     """
-    output: Tensor = _TiledAttention.apply(query, key, value, bounds, scaling, window)  # type: ignore[no-untyped-call]
+    output: Tensor = _TiledAttention.apply(query, key, value, bounds, scaling, window)  # type: ignore[no-untyped-call]  # torch's has no types
     return output
 
 
 def has_fast_products() -> bool:
     """Whether this machine's bf16 products are fast: oneDNN with 512-bit vectors (AMX, AVX512-BF16)."""
-    has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    has_onednn = torch.backends.mkldnn.is_available()
     return bool(has_onednn) and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
@@ -83,7 +83,7 @@ def _forward(
 class _TiledAttention(torch.autograd.Function):
     @staticmethod
     # No autocast inside: sums stay fp32.
-    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.bfloat16)  # type: ignore[untyped-decorator]
+    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.bfloat16)  # type: ignore[untyped-decorator]  # torch's has no types
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, bounds: list[int], scaling: float, window: int | None
     ) -> Tensor:
@@ -94,7 +94,7 @@ class _TiledAttention(torch.autograd.Function):
         return output
 
     @staticmethod
-    @torch.amp.custom_bwd(device_type="cpu")  # type: ignore[untyped-decorator]
+    @torch.amp.custom_bwd(device_type="cpu")  # type: ignore[untyped-decorator]  # torch's has no types
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, log_sums = ctx.saved_tensors
         heads, groups, tokens = query.shape[1], key.shape[1], query.shape[2]

@@ -111,7 +111,7 @@ class UlyssesAttention:
         return back.transpose(0, 1)[None], None
 
     def _swap(self, tensor: Tensor, *, to_tokens: bool) -> Tensor:
-        swapped: Tensor = _HeadsForTokens.apply(tensor, self.rows, to_tokens)  # type: ignore[no-untyped-call]
+        swapped: Tensor = _HeadsForTokens.apply(tensor, self.rows, to_tokens)  # type: ignore[no-untyped-call]  # torch's has no types
         return swapped
 
 

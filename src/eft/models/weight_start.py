@@ -74,4 +74,4 @@ def _fix_second_half(factor: nn.Parameter, dim: int) -> None:
         gradient.narrow(dim, half, half).zero_()
         return gradient
 
-    factor.register_hook(without_second)  # type: ignore[no-untyped-call]  # torch has it without types
+    factor.register_hook(without_second)

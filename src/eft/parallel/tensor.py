@@ -61,7 +61,7 @@ class SummedGradient(TensorParallelLayer):  # type: ignore[misc]  # transformers
 
 def _hook(parameter: nn.Parameter, change: Callable[[Tensor], Tensor]) -> None:
     """Let the gradient of each backward pass be `change`d before it is accumulated."""
-    parameter.register_hook(change)  # type: ignore[no-untyped-call]  # torch's own stubs lack it
+    parameter.register_hook(change)
 
 
 def _sum_over(group: dist.ProcessGroup, divisor: int = 1) -> Callable[[Tensor], Tensor]:

@@ -40,7 +40,7 @@ class TensorCopies:
 
     def finish(self) -> None:
         """Wait for the copies from CUDA devices, since the next step overwrites what they read."""
-        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        if torch.cuda.is_initialized():
             torch.cuda.synchronize()
 
     def _copy(self, key: tuple[str, str], tensor: Tensor) -> Tensor:

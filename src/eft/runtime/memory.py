@@ -100,7 +100,7 @@ class HostMemory:
                 raise MemoryError(f"more than {budget:,} bytes in use")
 
         handles = [register_module_forward_pre_hook(check)]
-        handles += [p.register_post_accumulate_grad_hook(check) for p in model.parameters() if p.requires_grad]  # type: ignore[no-untyped-call]
+        handles += [p.register_post_accumulate_grad_hook(check) for p in model.parameters() if p.requires_grad]
         with _data_limit(_status("VmData") + budget + _GUARD_SLACK):
             try:
                 yield peak

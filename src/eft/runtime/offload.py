@@ -85,7 +85,7 @@ class CudaCopies:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._stream = torch.cuda.Stream(device)
 
     def out(self, tensor: Tensor) -> tuple[Tensor, Any]:
         """See `Copies`. The caller holds `tensor` until it has waited."""
@@ -234,7 +234,7 @@ class _Pass:
 
     def _key(self, tensor: Tensor) -> tuple[Any, ...]:
         """Equal for the same elements of the same storage, not written to in between."""
-        reference = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+        reference = StorageWeakRef(tensor.untyped_storage())
         # Holding a weak reference keeps the number from being given to another storage.
         self._storages.setdefault(reference.cdata, reference)
         place = (tensor.storage_offset(), tensor.size(), tensor.stride(), tensor.dtype)

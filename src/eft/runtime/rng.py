@@ -52,7 +52,7 @@ def capture_rng() -> RngState:
         },
     }
     tensors = {_CPU: torch.get_rng_state()}
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # before that no CUDA generator was used, and asking would start CUDA
+    if torch.cuda.is_initialized():
         tensors.update({f"{_CUDA}{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())})
     return RngState(plain, tensors)
 

@@ -161,7 +161,7 @@ class LateNumbers:
                 self._buffers = [torch.empty(values.shape, pin_memory=True) for _ in range(2)]
             # At most that of the step before is under way.
             host = self._buffers[step % 2].copy_(values, non_blocking=True)
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event = torch.cuda.Event()
             event.record()
         else:
             host = values.clone()

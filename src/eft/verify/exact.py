@@ -251,7 +251,7 @@ def plain_loss(model: nn.Module, documents: Sequence[TokenSample], objective: Pl
         ids = torch.tensor(document.input_ids, dtype=torch.int64, device=device)
         logits = model(input_ids=ids[None], use_cache=False).logits[0]
         part = (weights * objective(logits[positions], targets)).sum() / total
-        part.backward()  # type: ignore[no-untyped-call]
+        part.backward()
         loss += float(part.detach())
     return loss
 
@@ -268,7 +268,7 @@ def plain_batch_loss(model: nn.Module, documents: Sequence[TokenSample], objecti
         parts.append((weights * objective(row[positions], targets)).sum())
         total += float(weights.sum())
     loss = torch.stack(parts).sum() / total
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     return float(loss.detach())
 
 

@@ -148,13 +148,13 @@ def _gradient_gap(trainer: EftTrainer, collator: Collator, documents: list[Token
     """Gradients of Σ weight · NLL of the row, against those of the documents one after the other."""
     model = trainer.model
     for document in documents:
-        _loss(_alone_logits(model, document), document).backward()  # type: ignore[no-untyped-call]
+        _loss(_alone_logits(model, document), document).backward()
     expected = take_gradients(model)
     batch = trainer._prepare_inputs(collator([documents]))
     targets = batch["shift_labels"].reshape(-1)[batch["trained_positions"]]
     weights = torch.cat([trained_tokens(document, targets.device)[2] for document in documents])
     losses = F.cross_entropy(trainer.parts.forward(model, batch), targets, reduction="none")
-    (weights * losses).sum().backward()  # type: ignore[no-untyped-call]
+    (weights * losses).sum().backward()
     return compare_gradients(take_gradients(model), expected)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -52,6 +53,32 @@ _LOSS = "loss"
 _GRADIENT = "gradient."
 
 
+@dataclass(frozen=True)
+class RanksJob:
+    """What each process of a check is given."""
+
+    config: TrainConfig
+    documents: Sequence[TokenSample]
+    folder: Path
+    trainer_class: type[EftTrainer]
+    """Importable by its name."""
+
+    def verification(self, world_size: int, part: str = "", *, global_batch_size: int | None = None) -> Verification:
+        """The user's model by DDP, over the excerpt; default of a step: one micro-batch of each process.
+
+        `part`: its folder in the job's.
+        """
+        batch = {"global_batch_size": global_batch_size or world_size * self.config.micro_batch_size}
+        config = self.config.model_copy(update={**ONE_COPY_EACH, "gradient_accumulation_steps": None, **batch})
+        tokenizer = prepare_tokenizer(config)
+        load = partial(load_trainable_model, config, tokenizer)
+        dataset = as_dataset(self.documents)
+        plan = plan_of(config, dataset, world_size)
+        meta = DatasetMeta(dataset, None, plan.total_steps)
+        folder = self.folder / part
+        return Verification(config, folder, tokenizer, meta, load(), plan, world_size, load, self.trainer_class)
+
+
 def in_new_processes(work: Callable[..., None], arguments: tuple[Any, ...], count: int) -> None:
     """`work(rank, *arguments)` in `count` processes.
 
@@ -59,7 +86,7 @@ def in_new_processes(work: Callable[..., None], arguments: tuple[Any, ...], coun
         ModelError: one failed; the message is its own.
     """
     try:
-        start_processes(work, arguments, count, start_method="spawn")  # type: ignore[no-untyped-call]
+        start_processes(work, arguments, count, start_method="spawn")
     except ProcessException as error:
         raise ModelError(str(error).strip().splitlines()[-1]) from error
 
@@ -88,9 +115,8 @@ def check_ranks(
     with stock_attention(model):
         expected_loss = plain_loss(model, documents, verification.objective())
     expected = take_gradients(model)
-    config = verification.config_with({})
-    arguments = (num_processes, config, documents, str(verification.folder), trainer_class)
-    start(_run_rank, arguments, num_processes)
+    job = RanksJob(verification.config_with({}), documents, verification.folder, trainer_class)
+    start(_run_rank, (num_processes, job), num_processes)
     measured = load_file(_answer(verification.folder))
     loss = float(measured.pop(_LOSS))
     gap = compare_gradients({name.removeprefix(_GRADIENT): tensor for name, tensor in measured.items()}, expected)
@@ -110,25 +136,18 @@ def check_ranks(
     return PromiseResult("E2", title, "fail" if faults else "pass", "; ".join([*faults, detail]), numbers)
 
 
-def _answer(folder: Path | str) -> Path:
-    return Path(folder) / "ranks.safetensors"
+def _answer(folder: Path) -> Path:
+    return folder / "ranks.safetensors"
 
 
-def _run_rank(
-    rank: int,
-    world_size: int,
-    config: TrainConfig,
-    documents: Sequence[TokenSample],
-    folder: str,
-    trainer_class: type[EftTrainer],
-) -> None:
+def _run_rank(rank: int, world_size: int, job: RanksJob) -> None:
     """In a process of its own: this rank's share of the step; rank 0 writes what came of it."""
-    with as_rank(rank, world_size, Path(folder, "meeting")):
-        verification = ranks_verification(config, documents, Path(folder), world_size, trainer_class)
+    with as_rank(rank, world_size, job.folder / "meeting"):
+        verification = job.verification(world_size)
         with exact_arithmetic(verification.model):
             answer = _step(verification, rank, world_size)
         if rank == 0:
-            save_file(answer, _answer(folder))
+            save_file(answer, _answer(job.folder))
         dist.barrier()
 
 
@@ -148,26 +167,6 @@ def as_rank(rank: int, world_size: int, meeting: Path) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
-
-
-def ranks_verification(
-    config: TrainConfig,
-    documents: Sequence[TokenSample],
-    folder: Path,
-    world_size: int,
-    trainer_class: type[EftTrainer],
-    *,
-    global_batch_size: int | None = None,
-) -> Verification:
-    """The user's model by DDP, over the excerpt; default of a step: one micro-batch of each process."""
-    batch = {"global_batch_size": global_batch_size or world_size * config.micro_batch_size}
-    config = config.model_copy(update={**ONE_COPY_EACH, "gradient_accumulation_steps": None, **batch})
-    tokenizer = prepare_tokenizer(config)
-    again = partial(load_trainable_model, config, tokenizer)
-    dataset = as_dataset(documents)
-    plan = plan_of(config, dataset, world_size)
-    meta = DatasetMeta(dataset, None, plan.total_steps)
-    return Verification(config, folder, tokenizer, meta, again(), plan, world_size, again, trainer_class)
 
 
 def _step(verification: Verification, rank: int, world_size: int) -> dict[str, torch.Tensor]:

@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import TrainerCallback
 
-from eft.config.root import TrainConfig
 from eft.core.atomic import write_json
 from eft.core.constants import IGNORE_INDEX
 from eft.core.errors import ModelError
@@ -25,7 +23,7 @@ from eft.core.records import PromiseResult, TokenSample
 from eft.trainer.dtypes import DtypeLedger
 from eft.trainer.trainer import EftTrainer
 from eft.verify.exact import LIMITS, Limits, compare_gradients, dtype_name, exact_arithmetic
-from eft.verify.ranks import as_rank, in_new_processes, ranks_verification
+from eft.verify.ranks import RanksJob, as_rank, in_new_processes
 from eft.verify.rehearsal import STOP, check_resume, rehearsal_trainer, rehearse, short_documents, short_run
 from eft.verify.verification import FULL_PRECISION, NO_KERNELS, Verification
 
@@ -72,44 +70,37 @@ def check_resume_over_ranks(
         return [PromiseResult("E3", title, "not applicable", reason) for title in titles]
     batch = num_processes * verification.config.micro_batch_size
     documents, _ = short_documents(verification, batch)
-    config, folder = verification.config_with({}), verification.folder / "ranks"
+    folder = verification.folder / "ranks"
     folder.mkdir(parents=True)
-    start(_run_rank, (num_processes, config, documents, str(folder), trainer_class), num_processes)
+    job = RanksJob(verification.config_with({}), documents, folder, trainer_class)
+    start(_run_rank, (num_processes, job), num_processes)
     own = [PromiseResult(**row) for row in json.loads((folder / _RESULTS).read_text())]
     failed = [f"rank {rank}: {result.detail}" for rank, result in enumerate(own) if result.status == "fail"]
     first = replace(own[0], title=titles[0])
     if failed:
         first = replace(first, status="fail", detail="; ".join(failed))
     together = Steps(**json.loads((folder / _STEPS).read_text()), gradients=load_file(folder / _GRADIENTS))
-    alone = ranks_verification(config, documents, folder / "exact", 1, EftTrainer, global_batch_size=batch)
+    alone = replace(job, trainer_class=EftTrainer).verification(1, "exact", global_batch_size=batch)
     return [first, _compared(titles[1], together, _exact_steps(alone, continues=True))]
 
 
-def _run_rank(
-    rank: int,
-    world_size: int,
-    config: TrainConfig,
-    documents: Sequence[TokenSample],
-    folder: str,
-    trainer_class: type[EftTrainer],
-) -> None:
+def _run_rank(rank: int, world_size: int, job: RanksJob) -> None:
     """In a process of its own; rank 0 writes what came of it."""
-    with as_rank(rank, world_size, Path(folder, "meeting")):
-        verification = ranks_verification(config, documents, Path(folder, "own"), world_size, trainer_class)
+    with as_rank(rank, world_size, job.folder / "meeting"):
+        verification = job.verification(world_size, "own")
         rehearsal = rehearse(verification)
         if rehearsal.error is not None:
             raise ModelError(rehearsal.error)
         results = _from_all(check_resume(verification, rehearsal))
-        del rehearsal
-        verification = ranks_verification(config, documents, Path(folder, "exact"), world_size, trainer_class)
-        mine = _exact_steps(verification, continues=False)
+        del rehearsal, verification
+        mine = _exact_steps(job.verification(world_size, "exact"), continues=False)
         shares = _from_all(mine.documents)
         if rank == 0:
             documents_of_steps = [sorted(chain.from_iterable(step)) for step in zip(*shares, strict=True)]
             steps = {"rows": mine.rows, "documents": documents_of_steps, "dtype": mine.dtype}
-            write_json(Path(folder, _RESULTS), [asdict(result) for result in results])
-            write_json(Path(folder, _STEPS), steps)
-            save_file(mine.gradients, Path(folder, _GRADIENTS))
+            write_json(job.folder / _RESULTS, [asdict(result) for result in results])
+            write_json(job.folder / _STEPS, steps)
+            save_file(mine.gradients, job.folder / _GRADIENTS)
         dist.barrier()
 
 
