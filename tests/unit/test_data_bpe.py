@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from eft.data import bpe
 from eft.data.alignment import exact_offsets, labelled
 from eft.data.bpe import _PIECES, KNOWN_RULES, FastEncoder, adversarial_texts, fast_encoder, first_difference
 from eft.data.fast_tokenizer import FastTokenizer
@@ -95,6 +96,28 @@ def test_equal_ids_on_any_text(texts: list[str], which: str, normalizes: bool) -
 @cache
 def _encoder(which: str, normalizes: bool) -> FastEncoder:
     return FastEncoder(a_tokenizer(which, normalizes).backend_tokenizer.to_str())
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    words=st.lists(st.binary(min_size=1, max_size=40).map(lambda data: data.decode("latin-1")), min_size=1),
+    which=st.sampled_from(list(PRE_TOKENIZERS)),
+)
+def test_words_of_all_lengths_are_known_again_and_told_apart(words: list[str], which: str) -> None:
+    # Of words that differ in their end only, in what follows them, or in zero bytes there.
+    letters = ["a" * count for count in range(1, 40)]
+    alike = [*words, *letters, *(word[:-1] + "b" for word in letters), *(word + "\0" for word in words)]
+    texts = [between.join(alike) for between in (" ", "é", "!")] * 2
+    encoder = FastEncoder(a_tokenizer(which).backend_tokenizer.to_str())
+    assert first_difference(encoder, a_tokenizer(which), texts) is None
+
+
+def test_too_many_long_tokens_that_come_before_merges_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bpe, "_WORD_SLOTS", 16)
+    tokenizer = a_tokenizer(ignores_merges=True)
+    encoder_of(tokenizer)
+    monkeypatch.setattr(bpe, "SHORT_WORD", 0)
+    assert fast_encoder(tokenizer, CORPUS) == "a vocabulary of very long tokens"
 
 
 @pytest.mark.parametrize("piece", ["a", "ab", " ", "x\n", "\u00e9", "12", "'s"])

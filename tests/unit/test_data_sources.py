@@ -14,12 +14,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from eft.config.data import DatasetConfig
 from eft.core.errors import DataError
 from eft.data import readers, sources
+from eft.data.json_rows import quick_row
+from eft.data.rows import examined_row
 from eft.data.rows import rows_of as rows_of_block
 from eft.data.sources import count_hint, iter_blocks, iter_rows, source_fingerprint
 
@@ -336,6 +338,40 @@ JSON_VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
     max_leaves=6,
 )
+
+
+# fmt: off
+PIECES_OF_JSON = [
+    '"a":', '"a" :', '"b":', '"a\\\\":', '"\\u0061":', "{", "}", "[", "]", ",", "1", '"x"', '":"', '"\\":"', "1e400",
+    '"\\ud800"', '"\\ud83d\\ude00"', "NaN", "-0", "18446744073709551616", "-9223372036854775809", "\t", "é", "01",
+]
+# fmt: on
+LINES = st.one_of(
+    JSON_VALUES.map(json.dumps),
+    JSON_VALUES.map(lambda value: json.dumps({"a": value}, ensure_ascii=False)),
+    st.dictionaries(st.text(max_size=4), JSON_VALUES).map(lambda row: json.dumps(row, separators=(" ,", "\t:"))),
+    st.lists(st.sampled_from(PIECES_OF_JSON), max_size=9).map(lambda parts: "{" + "".join(parts) + "}"),
+)
+
+
+@settings(max_examples=600, deadline=None)
+@given(line=LINES)
+@example('{"a":1,"a":2}')
+@example('{"a" :1,"a":"\\":"}')
+@example('{"a":123456789012345678901234567890}')
+def test_a_row_read_quickly_is_the_row_read_with_care(line: str) -> None:
+    content = line.encode("utf-8", "surrogatepass")
+    quick, careful = quick_row(content), examined_row("f line 1", content)
+    assert quick is None or repr(quick) == repr(careful)
+
+
+def test_usual_rows_are_read_quickly() -> None:
+    rows = [
+        {"messages": [{"role": "user", "content": '\u201ca" \\ b\u201d'}], "ids": [1, -2], "weight": 0.5, "no": None}
+    ]
+    for row in rows:
+        assert quick_row(json.dumps(row).encode()) == row
+        assert quick_row(json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode() + b"\r") == row
 
 
 @settings(max_examples=60, deadline=None)

@@ -35,7 +35,7 @@ class Segment:
     """EOS tokens that follow the text, trained where the text is; one that the text itself ends with counts."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class TokenSample:
     """One data-set row after tokenisation.
 

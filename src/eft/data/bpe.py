@@ -10,7 +10,6 @@ The bytes of a token are those of its vocabulary entry, so masks need no offsets
 
 from __future__ import annotations
 
-import json
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,12 +19,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import orjson
 
 from eft.core.constants import IGNORE_INDEX
 from eft.core.records import Int32Array, Int64Array
 from eft.data import bpe_kernels as kernels
 from eft.data.bpe_classes import CODE_POINTS, PointClasses
-from eft.data.bpe_merges import ARENA_BYTES, LONGEST_WORD, fill_merges, remember
+from eft.data.bpe_merges import fill_merges
+from eft.data.bpe_words import ARENA_BYTES, LONGEST_WORD, SHORT_WORD, Words, padded, remember
 from eft.data.token_facts import byte_of_sign
 
 UInt8Array = npt.NDArray[np.uint8]
@@ -50,9 +51,6 @@ class UnsupportedError(Exception):
     """The tokenizer has something that the fast encoder does not do."""
 
 
-_State = tuple[npt.NDArray[np.uint64], UInt8Array, Int32Array, Int64Array]
-
-
 class Batch:
     """Texts end to end: code points uint32 [characters], UTF-8 uint8 [bytes], each text's end in characters."""
 
@@ -61,7 +59,7 @@ class Batch:
         self.texts = texts
         self.is_ascii = joined.isascii()
         self.points = _points(joined)
-        self.buffer = np.frombuffer(joined.encode(), dtype=np.uint8)
+        self.buffer, self.eights = padded(joined.encode())
         self.ends: Int64Array = np.cumsum([len(text) for text in texts], dtype=np.int64)
 
 
@@ -71,6 +69,8 @@ class Encoded:
 
     ids: Int32Array
     ends: Int64Array
+    byte_ends: Int64Array
+    """Of the texts, [texts]."""
 
 
 # ---- the tokenizer's JSON ----
@@ -142,7 +142,7 @@ class FastEncoder:
 
     def __init__(self, tokenizer_json: str):
         """`tokenizer_json`: the text of tokenizer.json. Raises UnsupportedError."""
-        facts = json.loads(tokenizer_json)
+        facts = orjson.loads(tokenizer_json)
         model = facts["model"]
         _check_model(model)
         self._rule = np.array(_rule_of(facts["pre_tokenizer"]), dtype=np.int64)
@@ -153,7 +153,7 @@ class FastEncoder:
         self._classes = PointClasses(digits=bool(digits), marks=bool(marks), normalizes=self._normalizes)
         self._set_vocabulary(vocabulary, model["merges"])
         self._set_added(facts["added_tokens"])
-        self._state: _State | None = self._new_state()
+        self._words: Words | None = self._new_words()
 
     def _set_vocabulary(self, vocabulary: dict[str, int], merges: list[Any]) -> None:
         byte_of = byte_of_sign()
@@ -209,7 +209,7 @@ class FastEncoder:
             self._classes.add(ord(text[0]), ord(text[0]) + 1, bit)
         return np.array(rows, dtype=np.int32).reshape(-1, 3), _points(points)
 
-    def _new_state(self) -> _State:
+    def _new_words(self) -> Words:
         """Memory of words: empty, or filled with the vocabulary where a token of its own comes before any merge."""
         prefilled = self._whole_words
         too_long = next((text for text in prefilled if len(text) > LONGEST_WORD), None)
@@ -217,20 +217,15 @@ class FastEncoder:
             raise UnsupportedError(f"a token of {len(too_long)} bytes")
         slots = max(_WORD_SLOTS, 1 << (4 * len(prefilled)).bit_length())
         arena = 2 * sum(map(len, prefilled))
-        if arena > ARENA_BYTES:
+        words = Words.empty(slots, max(arena, 1 << 20))
+        if arena > ARENA_BYTES or 2 * sum(len(text) > SHORT_WORD for text in prefilled) > len(words.longs):
             raise UnsupportedError("a vocabulary of very long tokens")
-        state = (
-            np.zeros(slots, np.uint64),
-            np.zeros(max(arena, 1 << 20), np.uint8),
-            np.zeros(slots, np.int32),
-            np.zeros(3, np.int64),
-        )
         for text, number in prefilled.items():
-            remember(np.frombuffer(text, np.uint8), 0, len(text), np.array([number], np.int32), 0, 1, *state)
-        return state
+            remember(*padded(text), 0, len(text), np.array([number], np.int32), 0, 1, words)
+        return words
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_state": None}
+        return {**self.__dict__, "_words": None}
 
     def load(self) -> None:
         """Load the compiled loops, as the first texts would."""
@@ -260,13 +255,14 @@ class FastEncoder:
 
     def encode(self, batch: Batch) -> Encoded:
         """Ids of texts for which `can_encode` holds, without special tokens around them."""
-        if self._state is None:  # after pickling
-            self._state = self._new_state()
+        if self._words is None:  # after pickling
+            self._words = self._new_words()
         ids = np.empty(len(batch.buffer), dtype=np.int32)
-        ends = np.empty(len(batch.texts), dtype=np.int64)
+        ends, byte_ends = (np.empty(len(batch.texts), dtype=np.int64) for _ in range(2))
         count = kernels.encode_batch(
             batch.points,
             batch.buffer,
+            batch.eights,
             batch.ends,
             self._classes.table,
             self._rule,
@@ -274,11 +270,12 @@ class FastEncoder:
             *self._normal,
             self._byte_ids,
             *self._merges,
-            *self._state,
+            self._words,
             ids,
             ends,
+            byte_ends,
         )
-        return Encoded(ids[:count], ends)
+        return Encoded(ids[:count], ends, byte_ends)
 
     def labels(
         self, batch: Batch, encoded: Encoded, spans: Int64Array, span_ends: Int64Array, special: Int64Array
@@ -290,17 +287,23 @@ class FastEncoder:
             span_ends: int64 [texts], the number of spans up to each text's end.
             special: ids of tokens that do not belong to a span that starts after their first byte.
         """
-        starts = batch.ends - [len(text) for text in batch.texts]
         if not batch.is_ascii:
-            spans, starts = spans.copy(), starts.copy()
-            kernels.to_bytes(batch.points, spans.reshape(-1))
-            kernels.to_bytes(batch.points, starts)
+            spans = spans.copy()
+            kernels.to_bytes(batch.points, batch.ends, encoded.byte_ends, span_ends, spans)
         labels = np.empty(len(encoded.ids), dtype=np.int32)
         is_special = np.zeros(len(self.byte_lengths), dtype=np.bool_)
         is_special[special] = True
-        places = (starts, span_ends, spans)
+        places = (encoded.byte_ends, span_ends, spans)
         kernels.mark_spans(encoded.ids, encoded.ends, self.byte_lengths, *places, is_special, labels, IGNORE_INDEX)
         return labels
+
+
+def load_loops() -> None:
+    """Load the compiled loops, whatever the tokenizer will be."""
+    model = {"type": "BPE", "vocab": byte_of_sign(), "merges": []}
+    plain = {"type": "ByteLevel", "use_regex": True, "add_prefix_space": False}
+    facts = {"model": model, "pre_tokenizer": plain, "normalizer": None, "added_tokens": []}
+    FastEncoder(orjson.dumps(facts).decode()).load()
 
 
 def _points(text: str) -> npt.NDArray[np.uint32]:

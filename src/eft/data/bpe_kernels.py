@@ -1,7 +1,7 @@
 """Byte-level BPE as compiled loops: split at added tokens, split by the pre-tokeniser's rule, merge.
 
 Text comes as code points (one array for a whole batch) and as UTF-8 bytes; ids go out with nothing else, as the bytes
-of a token are known from its id. `state` arrays hold pre-tokens that were merged before: words repeat.
+of a token are known from its id. Pre-tokens that were merged before are in `bpe_words`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import numpy.typing as npt
 from numba import njit
 
 from eft.core.records import Int32Array, Int64Array
-from eft.data.bpe_merges import Bytes, Keys, copy_known, merge_word, remember, word_slot
+from eft.data.bpe_merges import Bytes, Keys, merge_word
+from eft.data.bpe_words import SEVERAL, SHORT_WORD, Words, copy_several, long_value, remember, short_key, short_slot
 
 Points = npt.NDArray[np.uint32]
 Flags = npt.NDArray[np.bool_]
@@ -28,20 +29,13 @@ GPT2, CL100K = 0, 1
 _APOSTROPHE, _BLANK, _CR, _LF, _LONG_S = 0x27, 0x20, 0x0D, 0x0A, 0x17F
 
 
+# No function that is inlined here takes an array: each call would count references to it, which takes longer than the
+# rest. Loops over arrays stand where they are needed.
+
+
 @njit(inline="always")
-def _contraction(points: Points, start: int, end: int, any_case: bool) -> Any:
-    """Code points of `'s 't 're 've 'm 'll 'd` at `start`, else 0."""
-    if points[start] != _APOSTROPHE or start + 1 >= end:
-        return 0
-    first = points[start + 1]
-    second = points[start + 2] if start + 2 < end else np.uint32(0)
-    if any_case:
-        if first == _LONG_S:
-            first = np.uint32(0x73)
-        if 0x41 <= first <= 0x5A:
-            first = np.uint32(first + 32)
-        if 0x41 <= second <= 0x5A:
-            second = np.uint32(second + 32)
+def _contraction(first: Any, second: Any) -> Any:
+    """Code points of `'s 't 're 've 'm 'll 'd`, of which these two follow the apostrophe; else 0."""
     if first == 0x73 or first == 0x74 or first == 0x6D or first == 0x64:
         return 2
     if (first == 0x72 or first == 0x76) and second == 0x65:
@@ -52,66 +46,101 @@ def _contraction(points: Points, start: int, end: int, any_case: bool) -> Any:
 
 
 @njit(inline="always")
-def _run(points: Points, classes: Bytes, start: int, end: int, mask: int) -> Any:
-    """Where the run of code points in `mask` that starts at `start` ends."""
-    while start < end and classes[points[start]] & mask:
-        start += 1
-    return start
+def _lower(point: Any) -> Any:
+    """ASCII letters in lower case, and the long s, which the regular expression takes for an s."""
+    if point == _LONG_S:
+        return np.uint32(0x73)
+    return np.uint32(point + 32) if 0x41 <= point <= 0x5A else np.uint32(point)
 
 
-@njit(inline="always")
-def _blanks(points: Points, classes: Bytes, start: int, end: int) -> Any:
-    r"""`\s+(?!\S)|\s+`: a run of white space gives up its last one where something follows."""
-    stop = _run(points, classes, start, end, SPACE)
-    return stop - 1 if stop < end and stop - start > 1 else stop
+@njit(cache=True)
+def _stops_gpt2(points: Points, classes: Bytes, start: int, end: int, by_digit: bool, stops: Int64Array) -> Any:
+    """Where the pre-tokens of points[start:end] end, by GPT-2's rule, into `stops`; returns how many there are.
+
+    `by_digit`: a digit is a piece of its own, and ends the one before it; the rule sees one piece at a time.
+    """
+    count, limit = 0, start
+    while start < end:
+        if start == limit:
+            limit = start + 1 if by_digit else end
+            if by_digit and not classes[points[start]] & DIGIT:
+                while limit < end and not classes[points[limit]] & DIGIT:
+                    limit += 1
+        stop, point = start, points[start]
+        if point == _APOSTROPHE and start + 1 < limit:
+            second = points[start + 2] if start + 2 < limit else np.uint32(0)
+            stop += _contraction(points[start + 1], second)
+        if stop == start:
+            stop += point == _BLANK and start + 1 < limit
+            kind = classes[points[stop]]
+            if kind & (LETTER | NUMBER):
+                mask = LETTER if kind & LETTER else NUMBER
+                while stop < limit and classes[points[stop]] & mask:
+                    stop += 1
+            elif not kind & SPACE:
+                while stop < limit and not classes[points[stop]] & (LETTER | NUMBER | SPACE):
+                    stop += 1
+            else:  # `\s+(?!\S)|\s+`: a run of white space gives up its last one where something follows
+                while stop < limit and classes[points[stop]] & SPACE:
+                    stop += 1
+                stop -= stop < limit and stop - start > 1
+        stops[count] = stop
+        count += 1
+        start = stop
+    return count
 
 
-@njit(inline="always")
-def _next_gpt2(points: Points, classes: Bytes, start: int, end: int) -> Any:
-    contraction = _contraction(points, start, end, False)
-    if contraction:
-        return start + contraction
-    first = start + 1 if points[start] == _BLANK and start + 1 < end else start
-    kind = classes[points[first]]
-    if kind & LETTER:
-        return _run(points, classes, first, end, LETTER)
-    if kind & NUMBER:
-        return _run(points, classes, first, end, NUMBER)
-    if not kind & SPACE:
-        while first < end and not classes[points[first]] & (LETTER | NUMBER | SPACE):
-            first += 1
-        return first
-    return _blanks(points, classes, start, end)
+@njit(cache=True)
+def _stops_cl100k(
+    points: Points, classes: Bytes, start: int, end: int, digits: int, word: int, stops: Int64Array
+) -> Any:
+    """As `_stops_gpt2`. `digits`: how many numbers one pre-token holds; `word`: LETTER, or LETTER | MARK."""
+    count, taken = 0, word | LETTER | NUMBER | SPACE
+    while start < end:
+        stop, point = start, points[start]
+        if point == _APOSTROPHE and start + 1 < end:
+            second = _lower(points[start + 2]) if start + 2 < end else np.uint32(0)
+            stop += _contraction(_lower(points[start + 1]), second)
+        if stop == start:
+            kind = classes[point]
+            is_break = (point == _CR) | (point == _LF)
+            after = classes[points[start + 1]] if start + 1 < end else np.uint8(0)
+            first = start + 1 if point == _BLANK and start + 1 < end else start
+            if kind & word or (not is_break and not kind & (LETTER | NUMBER) and after & word):
+                stop += 1
+                while stop < end and classes[points[stop]] & word:
+                    stop += 1
+            elif kind & NUMBER:
+                while stop < min(end, start + digits) and classes[points[stop]] & NUMBER:
+                    stop += 1
+            elif not classes[points[first]] & taken:
+                stop = first
+                while stop < end and not classes[points[stop]] & taken:
+                    stop += 1
+                while stop < end and (points[stop] == _CR or points[stop] == _LF):
+                    stop += 1
+            else:
+                while stop < end and classes[points[stop]] & SPACE:
+                    stop += 1
+                last = stop - 1  # `\s*[\r\n]+`: up to the last line break of the run
+                while last >= start and points[last] != _CR and points[last] != _LF:
+                    last -= 1
+                if last >= start:
+                    stop = last + 1
+                else:
+                    stop -= stop < end and stop - start > 1
+        stops[count] = stop
+        count += 1
+        start = stop
+    return count
 
 
-@njit(inline="always")
-def _next_cl100k(points: Points, classes: Bytes, start: int, end: int, digits: int, word: int) -> Any:
-    """`digits`: how many numbers one pre-token holds; `word`: LETTER, or LETTER | MARK."""
-    contraction = _contraction(points, start, end, True)
-    if contraction:
-        return start + contraction
-    point = points[start]
-    kind = classes[point]
-    if kind & word:
-        return _run(points, classes, start, end, word)
-    is_break = point == _CR or point == _LF  # a tuple would be built
-    if not is_break and not kind & (LETTER | NUMBER) and start + 1 < end and classes[points[start + 1]] & word:
-        return _run(points, classes, start + 1, end, word)
-    if kind & NUMBER:
-        return _run(points, classes, start, min(end, start + digits), NUMBER)
-    first = start + 1 if point == _BLANK and start + 1 < end else start
-    taken = word | LETTER | NUMBER | SPACE
-    if not classes[points[first]] & taken:
-        while first < end and not classes[points[first]] & taken:
-            first += 1
-        while first < end and (points[first] == _CR or points[first] == _LF):
-            first += 1
-        return first
-    stop = _run(points, classes, start, end, SPACE)
-    for last in range(stop - 1, start - 1, -1):
-        if points[last] == _CR or points[last] == _LF:
-            return last + 1
-    return _blanks(points, classes, start, end)
+@njit(cache=True)
+def _stops(points: Points, classes: Bytes, start: int, end: int, rule: Int64Array, stops: Int64Array) -> Any:
+    """By any rule, see `encode_batch`."""
+    if rule[0] == CL100K:
+        return _stops_cl100k(points, classes, start, end, rule[1], rule[2], stops)
+    return _stops_gpt2(points, classes, start, end, rule[3] == 1, stops)
 
 
 # ---- added tokens ----
@@ -150,6 +179,7 @@ def _split(
 def encode_batch(
     points: Points,
     buffer: Bytes,
+    eights: Keys,
     text_ends: Int64Array,
     classes: Bytes,
     rule: Int64Array,
@@ -161,53 +191,58 @@ def encode_batch(
     keys: Keys,
     ranks: Int32Array,
     merged: Int32Array,
-    words: Keys,
-    arena: Bytes,
-    known: Int32Array,
-    used: Int64Array,
+    words: Words,
     ids: Int32Array,
     ends: Int64Array,
+    byte_ends: Int64Array,
 ) -> Any:
-    """Ids of a batch.
+    """Ids of a batch; returns how many.
 
     Args:
         points, buffer: all texts one after the other, uint32 code points and uint8 UTF-8 bytes.
+        eights: the bytes as `bpe_words.padded` has them.
         text_ends: int64 [texts], in code points.
         rule: int64 [4]: GPT2 or CL100K, numbers per pre-token, mask of a word, 1 where Digits goes first.
         raw, raw_points, normal, normal_points: added tokens looked for before and after normalisation.
         keys, ranks, merged: the merges, see `fill_merges`.
-        words, arena, known, used: words seen before, see `remember`.
+        words: those seen before.
         ids: int32 [bytes], receives the ids; ends: int64 [texts], receives the number of ids up to each text's end.
-
-    Returns the number of ids.
+        byte_ends: int64 [texts], receives the number of bytes up to each text's end.
     """
     count, at_byte, start = 0, 0, 0
-    any_case, digits, word, by_digit = rule[0] == CL100K, rule[1], rule[2], rule[3] == 1
+    shorts, longs, arena, known, _ = words  # once: each look into a tuple counts references
+    stops = np.empty(len(points), np.int64)
     for text in range(len(text_ends)):
         text_end = text_ends[text]
+        ahead = at_byte - start if _is_ascii(points, start, text_end) else -1  # bytes and characters go together
         while start < text_end:
             raw_at, raw_row = _split(points, classes, start, text_end, STARTS_RAW, raw, raw_points)
             while start < raw_at:
                 end, row = raw_at, -1
                 if len(normal):
                     end, row = _split(points, classes, start, raw_at, STARTS_NORMAL, normal, normal_points)
-                limit = start
-                while start < end:
-                    if start == limit:
-                        limit = _before_digit(points, classes, start, end) if by_digit else end
-                    if any_case:
-                        stop = _next_cl100k(points, classes, start, limit, digits, word)
+                number_of_words = _stops(points, classes, start, end, rule, stops)
+                if ahead < 0:
+                    _stops_in_bytes(points, start, at_byte, stops[:number_of_words])
+                start = end
+                for i in range(number_of_words):
+                    stop_byte = stops[i] + max(ahead, 0)
+                    if stop_byte - at_byte <= SHORT_WORD:
+                        low, high = short_key(eights, at_byte, stop_byte - at_byte)
+                        slot = short_slot(low, high, shorts)
+                        value = np.int64(shorts[slot, 2]) if shorts[slot, 1] != 0 else np.int64(-1)
                     else:
-                        stop = _next_gpt2(points, classes, start, limit)
-                    stop_byte = at_byte + _utf8_length(points, start, stop)
-                    slot = word_slot(buffer, at_byte, stop_byte, words, arena)
-                    if words[slot] != 0:
-                        number = copy_known(words[slot], known, ids, count)
-                    else:
+                        value = long_value(buffer, at_byte, stop_byte, longs, arena)
+                    if value < 0:
                         number = merge_word(buffer, at_byte, stop_byte, byte_ids, keys, ranks, merged, ids, count)
-                        remember(buffer, at_byte, stop_byte, ids, count, number, words, arena, known, used)
+                        remember(buffer, eights, at_byte, stop_byte, ids, count, number, words)
+                    elif value < SEVERAL:
+                        ids[count] = value
+                        number = 1
+                    else:
+                        number = copy_several(value, known, ids, count)
                     count += number
-                    start, at_byte = stop, stop_byte
+                    at_byte = stop_byte
                 if row >= 0:
                     ids[count] = normal[row, 2]
                     count += 1
@@ -218,21 +253,30 @@ def encode_batch(
                 count += 1
                 start += raw[raw_row, 1]
                 at_byte += _utf8_length(points, start - raw[raw_row, 1], start)
-        ends[text] = count
+        ends[text], byte_ends[text] = count, at_byte
     return count
 
 
-@njit(inline="always")
-def _before_digit(points: Points, classes: Bytes, start: int, end: int) -> Any:
-    """Where the piece that starts at `start` ends: a digit is a piece of its own, and ends the one before it."""
-    if classes[points[start]] & DIGIT:
-        return start + 1
-    while start < end and not classes[points[start]] & DIGIT:
-        start += 1
-    return start
+@njit(cache=True)
+def _stops_in_bytes(points: Points, at: int, byte: int, stops: Int64Array) -> None:
+    """Turn ascending ends of words from characters into bytes, in place; character `at` is byte `byte`."""
+    for i in range(len(stops)):
+        for j in range(at, stops[i]):
+            point = points[j]
+            byte += 1 + (point >= 0x80) + (point >= 0x800) + (point >= 0x10000)
+        at = stops[i]
+        stops[i] = byte
 
 
-@njit(inline="always")
+@njit(cache=True)
+def _is_ascii(points: Points, start: int, end: int) -> Any:
+    every = np.uint32(0)
+    for point in points[start:end]:  # without a way out, so that many go at once
+        every |= point
+    return every < 0x80
+
+
+@njit(cache=True)
 def _utf8_length(points: Points, start: int, end: int) -> Any:
     length = end - start
     for i in range(start, end):
@@ -252,13 +296,24 @@ def first_in_class(points: Points, classes: Bytes, start: int, bit: int) -> Any:
 
 
 @njit(cache=True)
-def to_bytes(points: Points, places: Int64Array) -> None:
-    """Turn characters into bytes, in place; `places` ascend from one to the next."""
-    at, byte = 0, 0
-    for i in range(len(places)):
-        byte += _utf8_length(points, at, places[i])
-        at = places[i]
-        places[i] = byte
+def to_bytes(
+    points: Points, text_ends: Int64Array, byte_ends: Int64Array, span_ends: Int64Array, spans: Int64Array
+) -> None:
+    """Turn the characters of spans into bytes, in place; the other arrays are those of `encode_batch`, `mark_spans`."""
+    at, byte, span = 0, 0, 0
+    for text in range(len(text_ends)):
+        if byte_ends[text] - byte == text_ends[text] - at:  # ASCII
+            for i in range(span, span_ends[text]):
+                spans[i, 0] += byte - at
+                spans[i, 1] += byte - at
+        else:
+            for i in range(span, span_ends[text]):
+                for side in range(2):
+                    place = spans[i, side]
+                    byte += _utf8_length(points, at, place)
+                    at = place
+                    spans[i, side] = byte
+        at, byte, span = text_ends[text], byte_ends[text], span_ends[text]
 
 
 @njit(cache=True)
@@ -266,7 +321,7 @@ def mark_spans(
     ids: Int32Array,
     ends: Int64Array,
     byte_lengths: Int32Array,
-    starts_of: Int64Array,
+    byte_ends: Int64Array,
     span_ends: Int64Array,
     spans: Int64Array,
     special: Flags,
@@ -277,15 +332,15 @@ def mark_spans(
 
     Args:
         ids: int32 [tokens]; ends: int64 [texts]; byte_lengths: int32 [vocabulary].
-        starts_of: int64 [texts], where each text's bytes start in the batch.
+        byte_ends: int64 [texts], the number of bytes up to each text's end.
         span_ends: int64 [texts], the number of spans up to each text's end.
         spans: int64 [spans, 2], bytes in the batch, ascending and apart within a text.
         special: bool [vocabulary]: such a token that starts before a span does not belong to it.
         labels: int32 [tokens], receives the ids that are trained and `ignore` elsewhere.
     """
-    token, first_span = 0, 0
+    token, first_span, byte = 0, 0, 0
     for text in range(len(ends)):
-        i, at, stop = token, starts_of[text], ends[text]
+        i, at, stop = token, byte, ends[text]
         labels[token:stop] = ignore
         for span in range(first_span, span_ends[text]):
             while i < stop and at + byte_lengths[ids[i]] <= spans[span, 0]:
@@ -298,4 +353,4 @@ def mark_spans(
                     labels[inside] = ids[inside]
                 reached += byte_lengths[ids[inside]]
                 inside += 1
-        token, first_span = stop, span_ends[text]
+        token, first_span, byte = stop, span_ends[text], byte_ends[text]

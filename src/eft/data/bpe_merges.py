@@ -1,4 +1,4 @@
-"""The merges of byte-level BPE as compiled loops, and the memory of words that were merged before: words repeat."""
+"""The merges of byte-level BPE as compiled loops."""
 
 from __future__ import annotations
 
@@ -16,15 +16,8 @@ Keys = npt.NDArray[np.uint64]
 _SHORT = 48
 """Pre-tokens up to so many bytes are merged by plain search; longer ones by a heap."""
 
-LONGEST_WORD = 255
-"""Bytes; longer pre-tokens hardly come back: they are not remembered."""
-
-_FNV_START, _FNV_PRIME = np.uint64(0xCBF29CE484222325), np.uint64(0x100000001B3)
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_HIGH, _ARENA = np.uint64(32), np.uint64(40)
-_LENGTH, _VALUE = np.uint64(0xFF), np.uint64(0xFFFFFFFF)
-_SEVERAL = 1 << 31
-ARENA_BYTES = 1 << 24
+_HIGH = np.uint64(32)
 
 
 # ---- merging ----
@@ -148,80 +141,6 @@ def _merge_long(ids: Int32Array, count: int, keys: Keys, ranks: Int32Array, merg
             ids[kept] = ids[i]
             kept += 1
     return kept
-
-
-# ---- pre-tokens seen before ----
-
-
-@njit(inline="always")
-def word_slot(buffer: Bytes, start: int, stop: int, words: Keys, arena: Bytes) -> Any:
-    """The slot of these bytes in `words` uint64 [slots], 0 where it is free.
-
-    In a slot, from the top: 24 bits, where the bytes start in `arena`; 8 bits, their number; 32 bits, the id, or
-    `_SEVERAL` and where in `known` their number and the ids start. (Small slots: the table stays in the cache.)
-    """
-    hashed = _FNV_START
-    for i in range(start, stop):
-        hashed = (hashed ^ np.uint64(buffer[i])) * _FNV_PRIME
-    mask = np.uint64(len(words) - 1)
-    slot = (hashed ^ (hashed >> _HIGH)) & mask
-    length = stop - start
-    while words[slot] != 0:
-        if np.int64((words[slot] >> _HIGH) & _LENGTH) == length:
-            first = np.int64(words[slot] >> _ARENA)
-            i = 0
-            while i < length and arena[first + i] == buffer[start + i]:
-                i += 1
-            if i == length:
-                break
-        slot = (slot + np.uint64(1)) & mask
-    return slot
-
-
-@njit(inline="always")
-def copy_known(word: Any, known: Int32Array, ids: Int32Array, count: int) -> Any:
-    """Put the ids of a used slot at ids[count:]; returns how many."""
-    value = np.int64(word & _VALUE)
-    if value < _SEVERAL:
-        ids[count] = value
-        return 1
-    first = value - _SEVERAL
-    number = np.int64(known[first])
-    for i in range(number):
-        ids[count + i] = known[first + 1 + i]
-    return number
-
-
-@njit(cache=True)
-def remember(
-    buffer: Bytes,
-    start: int,
-    stop: int,
-    ids: Int32Array,
-    first: int,
-    count: int,
-    words: Keys,
-    arena: Bytes,
-    known: Int32Array,
-    used: Int64Array,
-) -> None:
-    """Keep the ids of these bytes, unless there is no room; `used` int64 [3]: words, bytes of arena, ids."""
-    length = stop - start
-    if length > LONGEST_WORD or 2 * used[0] >= len(words) or used[1] + length > len(arena):
-        return
-    value = np.int64(ids[first])
-    if count != 1:
-        if used[2] + count >= len(known):
-            return
-        value = _SEVERAL + used[2]
-        known[used[2]] = count
-        known[used[2] + 1 : used[2] + 1 + count] = ids[first : first + count]
-        used[2] += count + 1
-    slot = word_slot(buffer, start, stop, words, arena)
-    words[slot] = np.uint64(used[1]) << _ARENA | np.uint64(length) << _HIGH | np.uint64(value)
-    arena[used[1] : used[1] + length] = buffer[start:stop]
-    used[0] += 1
-    used[1] += length
 
 
 @njit(cache=True)

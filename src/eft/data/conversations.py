@@ -39,7 +39,7 @@ Outcome = TokenSample | Rejected | tuple[TokenSample, ...]
 """What became of one row: its sample, why there is none, or several samples in order."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class _Piece:
     """A text to tokenise, with its trained spans and the places that are tokenised as plain text."""
 
@@ -95,10 +95,11 @@ class ConversationEncoder:
     def _pieces(self, example: Example) -> list[_Piece]:
         texts = self._skeletons.texts(example)
         pieces = self._rendered(example) if texts is None else [_Piece(text, []) for text in texts]
-        if not all(is_unicode(piece.text.text) for piece in pieces):
-            raise UnprovableError(NOT_UNICODE)
-        if any(piece.text.is_part for piece in pieces):
-            self.met.add(HISTORY)
+        for piece in pieces:
+            if not is_unicode(piece.text.text):
+                raise UnprovableError(NOT_UNICODE)
+            if piece.text.is_part:
+                self.met.add(HISTORY)
         return pieces
 
     def _rendered(self, example: Example) -> list[_Piece]:

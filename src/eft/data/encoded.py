@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from xxhash import xxh3_128
 
 from eft.core.constants import IGNORE_INDEX
 from eft.core.records import Float32Array, Float64Array, Int32Array, TokenSample
@@ -132,7 +132,7 @@ def _digests(
     start = 0
     for length, weighted in zip(lengths.tolist(), is_weighted.tolist(), strict=True):
         stop = start + length
-        whole = hashlib.blake2b(all_ids[start:stop], digest_size=DIGEST_BYTES)
+        whole = xxh3_128(all_ids[start:stop])
         id_digests += whole.digest()
         whole.update(length.to_bytes(8, "little"))
         whole.update(all_labels[start:stop])

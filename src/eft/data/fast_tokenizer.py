@@ -63,12 +63,20 @@ class FastTokenizer:
         simple: list[bool] = []
         start = 0
         for stop, own in zip(batch.ends.tolist(), compress(spans, able), strict=True):
-            simple.append(own is None or _is_simple(own))
+            # The spans have no weights and are ascending and apart.
+            is_simple, reached = True, 0
             if own is None:
                 places += (start, stop)
-            elif simple[-1]:
-                for span in own:
-                    places += (start + span.start, start + span.stop)
+            else:
+                for first, last, weight in own:
+                    if weight != 1.0 or first >= last or first < reached:
+                        is_simple = False
+                        break
+                    reached = last
+                if is_simple:
+                    for first, last, _ in own:
+                        places += (start + first, start + last)
+            simple.append(is_simple)
             span_ends.append(len(places) // 2)
             start = stop
         encoded = self.encoder.encode(batch)
@@ -83,18 +91,8 @@ class FastTokenizer:
                 continue
             (first, last), is_simple = next(parts)
             ids = encoded.ids[first:last]
-            if own is None or is_simple:
+            if is_simple:
                 samples.append(TokenSample(ids, labels[first:last]))
             else:
                 samples.append(labelled(ids, exact_offsets(ids, (), text, facts), own, facts))
         return samples
-
-
-def _is_simple(spans: Sequence[Span]) -> bool:
-    """Whether the spans have no weights and are ascending and apart."""
-    reached = 0
-    for span in spans:
-        if span.weight != 1.0 or span.start >= span.stop or span.start < reached:
-            return False
-        reached = span.stop
-    return True

@@ -25,7 +25,7 @@ from eft.data.token_facts import TokenizerFacts
 from eft.data.turns import RENDER_ERRORS, Layout, RewrittenError, Span, UnprovableError
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class ImageSample(TokenSample):
     """A row after tokenisation, with what the processor needs to make its pixels again."""
 

@@ -18,6 +18,7 @@ DECIDING = (
     "bpe_classes",
     "bpe_kernels",
     "bpe_merges",
+    "bpe_words",
     "conversation_text",
     "conversations",
     "encoded",

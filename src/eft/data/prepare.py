@@ -39,7 +39,7 @@ from eft.data.mixture import Mixture, mix
 from eft.data.sample_set import SampleSet, TokenView
 from eft.data.shares import SourceShare
 from eft.data.sources import source_fingerprint, source_names
-from eft.data.speed import num_processes, with_fast_tokenizer
+from eft.data.speed import may_be_fast, num_processes, with_fast_tokenizer
 from eft.data.store import TokenStore, open_store
 from eft.data.store_writer import STORE_VERSION, StoreWriter
 from eft.data.tokenize import tokenizer_fingerprint
@@ -200,7 +200,10 @@ def _build(partial: Path, location: Path, key: StoreKey, job: Job, report: Progr
     try:
         partial.mkdir(exist_ok=True)
         count = num_processes(job)
-        with StoreWriter(partial) as writer, Workers(count) if count > 1 else nullcontext() as workers:
+        with (
+            StoreWriter(partial) as writer,
+            Workers(count, fast=may_be_fast(job)) if count > 1 else nullcontext() as workers,
+        ):
             resumed = writer.num_blocks
             job, remark = with_fast_tokenizer(job)
             tally = write_entry(writer, job, workers, report)

@@ -32,7 +32,7 @@ _MAGIC = {b"PAR1": "Parquet", b"ARRO": "Arrow", b"\x1f\x8b": "gzip", b"\x28\xb5\
 _BOM = b"\xef\xbb\xbf"
 _UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
 
-BLOCK_BYTES = 1 << 19
+BLOCK_BYTES = 1 << 18
 BLOCK_ROWS = 512
 _COMPRESSED_BYTES = 1 << 14
 _LONGEST_LINE = 1 << 30

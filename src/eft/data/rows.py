@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from eft.core.errors import DataError
-from eft.data.json_rows import DECODER, KeyTwiceError, json_problem
+from eft.data.json_rows import DECODER, KeyTwiceError, json_problem, quick_row
 from eft.data.readers import JSON_EXPECTED, Block, Numbered, Row
 
 OnBroken = Callable[[int, DataError], None]
@@ -36,21 +36,13 @@ def decoded(block: Block) -> Iterator[Numbered]:
 
 
 def _json_rows(block: Block) -> Iterator[Numbered]:
-    decode = DECODER.decode
     for number, line in enumerate(block.data.split(b"\n"), block.first):
         if line and not line.isspace():
-            try:
-                text = line.decode().rstrip()
-                data = decode(text)
-                if type(data) is dict and "\\u" not in text:
-                    yield number, data, line
-                    continue
-            except Exception:
-                pass  # what is wrong is said below
-            yield number, _examined_row(f"{block.file} line {number}", line), line
+            data = quick_row(line)
+            yield number, examined_row(f"{block.file} line {number}", line) if data is None else data, line
 
 
-def _examined_row(where: str, line: bytes) -> Any:
+def examined_row(where: str, line: bytes) -> Any:
     """The row, or what is wrong with it."""
     try:
         text = line.decode().rstrip()

@@ -11,7 +11,7 @@ whose second conversation came out otherwise than its pieces said.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import accumulate
 from typing import Literal, NamedTuple
@@ -56,17 +56,28 @@ _Edge = tuple[int, int]
 """A place in a skeleton: index of a piece, characters from its start."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Skeleton:
     """One rendering of a shape."""
 
     pieces: tuple[str | _Hole, ...]
     spans: tuple[tuple[_Edge, _Edge, float], ...] | None
     is_part: bool
+    _own: list[str] = field(init=False)
+    """The pieces, nothing in the place of a hole."""
+    _holes: list[tuple[int, int, Literal["content", "reasoning_content"]]] = field(init=False)
+    """Index of each hole's piece, its turn, the name of its text."""
+
+    def __post_init__(self) -> None:
+        self._own = [piece if isinstance(piece, str) else "" for piece in self.pieces]
+        holes = ((at, piece) for at, piece in enumerate(self.pieces) if isinstance(piece, _Hole))
+        self._holes = [(at, hole.turn, hole.name) for at, hole in holes]
 
     def filled(self, messages: Sequence[Message]) -> Text:
         """The rendering of a conversation of this shape."""
-        parts = [piece if isinstance(piece, str) else messages[piece.turn][piece.name].strip() for piece in self.pieces]
+        parts = self._own.copy()
+        for at, turn, name in self._holes:
+            parts[at] = messages[turn][name].strip()
         if self.spans is None:
             return Text("".join(parts), None, self.is_part)
         starts = list(accumulate(map(len, parts), initial=0))
@@ -108,7 +119,9 @@ class Skeletons:
     def _is_singular(self, messages: Sequence[Message]) -> bool:
         """Whether a text has something in it that the template, or the tokenizer, may take notice of."""
         texts = [message["content"] for message in messages]
-        texts += [message["reasoning_content"] for message in messages if "reasoning_content" in message]
+        for message in messages:
+            if len(message) > 2:
+                texts += [message[name] for name in _TEXTS[1:] if name in message]
         joined = "\0".join(texts)
         assert self._triggers is not None
         return self._triggers.search(joined) is not None or self._facts.special.search(joined) is not None

@@ -37,11 +37,16 @@ def num_processes(job: Job) -> int:
     return min(cores, MOST_PROCESSES) if size_hint(job.spec) >= PARALLEL_FROM_BYTES else 1
 
 
+def may_be_fast(job: Job) -> bool:
+    """Whether the fast encoder is worth a try."""
+    return job.spec.type not in (None, "pretokenized") and size_hint(job.spec) >= FAST_FROM_BYTES
+
+
 def with_fast_tokenizer(job: Job) -> tuple[Job, str]:
     """The job with the fast encoder in its tokenizer, where the data set is large and the encoder has been shown to
     give the same ids: on adversarial strings, and on texts of the first rows; for some of these rows ids, labels and
     weights are compared. Else the job as it is, with a remark that says why."""
-    if job.spec.type in (None, "pretokenized") or size_hint(job.spec) < FAST_FROM_BYTES:
+    if not may_be_fast(job):
         return job, ""
     block = next(iter_blocks(job.spec), None)
     if block is None:

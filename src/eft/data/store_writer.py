@@ -25,12 +25,12 @@ from eft.core import atomic
 from eft.core.hashing import hash_file
 from eft.data.encoded import COLUMNS, EncodedRows
 
-STORE_VERSION = 3
+STORE_VERSION = 4
 """Part of every cache key: raise it when the files change their meaning."""
 
 META_FILE = "meta.json"
 MANIFEST_FILE = "manifest.jsonl"
-SHARD_BLOCKS = 64
+SHARD_BLOCKS = 128
 """Blocks of rows in a shard: about 30 MB of text."""
 
 _SCHEMA = pa.schema(

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import orjson
 from transformers import PreTrainedTokenizerBase
 
 from eft.config.data import DataConfig, DatasetConfig
 from eft.core.constants import IGNORE_INDEX
 from eft.core.errors import DataError
-from eft.core.hashing import hash_json
+from eft.core.hashing import hash_bytes
 from eft.core.records import TokenSample
 from eft.data.conversations import NOT_UNICODE, ConversationEncoder, MaskRules, Outcome, Rejected, is_unicode
 from eft.data.formats import Example, check_roles_to_train
@@ -183,9 +183,9 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, template: str | No
         "split_special_tokens": tokenizer.split_special_tokens,
     }
     if tokenizer.is_fast:
-        backend = json.loads(tokenizer.backend_tokenizer.to_str())
+        backend = orjson.loads(tokenizer.backend_tokenizer.to_str())
         without = ("truncation", "padding", "decoder")
         facts["backend"] = {name: value for name, value in backend.items() if name not in without}
     else:
         facts["vocabulary"] = tokenizer.get_vocab()
-    return hash_json(facts)
+    return hash_bytes(orjson.dumps(facts, option=orjson.OPT_SORT_KEYS))

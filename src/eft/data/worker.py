@@ -1,4 +1,4 @@
-"""The program of the preparation workers: `python -m eft.data.worker <socket> …`; see `workers`.
+"""The program of the preparation workers: `python -m eft.data.worker [--fast] <socket> …`; see `workers`.
 
 It imports what they need and gets their job, once for all, and then becomes as many of them as it was given sockets. No
 thread runs in it before that.
@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import gc
 import os
+import socket
 import sys
 import traceback
-from multiprocessing.connection import Connection
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from eft.core.errors import EftError
 from eft.data.block_encoder import BlockEncoder
+from eft.data.channel import Channel
 from eft.data.fast_tokenizer import FastTokenizer
+
+FAST = "--fast"
+"""Get ready for a job with the fast encoder, which takes a third of a second, before there is one."""
 
 
 def main(handles: list[int]) -> int:
@@ -24,19 +29,19 @@ def main(handles: list[int]) -> int:
     Returns the exit code; where one of the processes was ended by a signal, this one ends itself in the same way, at
     once, so that whoever waits for it knows.
     """
-    connections = [Connection(handle) for handle in handles]
-    encoder = _encoder(connections[0])
+    channels = [Channel(socket.socket(fileno=handle)) for handle in handles]
+    encoder = _encoder(channels[0])
     if encoder is None:
         return 0
-    for mine in connections:
+    for mine in channels:
         if os.fork() == 0:
-            for other in connections:
+            for other in channels:
                 if other is not mine:
                     other.close()
             _serve(encoder, mine)
-            return 0
-    for connection in connections:
-        connection.close()
+            os._exit(0)  # nothing is left to be done, and taking an interpreter apart takes a tenth of a second
+    for channel in channels:
+        channel.close()
     for _ in handles:
         _, status = os.wait()
         if os.WIFSIGNALED(status):
@@ -46,11 +51,11 @@ def main(handles: list[int]) -> int:
     return 0
 
 
-def _encoder(connection: Connection) -> BlockEncoder | None:
+def _encoder(channel: Channel) -> BlockEncoder | None:
     """What encodes the blocks of the job that comes through; None where none comes, or it is wrong."""
     encoder: BlockEncoder | None = None
     try:
-        job = connection.recv()
+        job = channel.receive()
     except (EOFError, ConnectionError):
         return None
     try:
@@ -65,24 +70,26 @@ def _encoder(connection: Connection) -> BlockEncoder | None:
     # Rows are trees: looking for cycles among them as often as by default takes a tenth of the time and finds nothing.
     gc.freeze()
     gc.set_threshold(200_000, 20, 100)
-    return encoder if _sent(connection, answer) else None
+    return encoder if _sent(channel, answer) else None
 
 
-def _serve(encoder: BlockEncoder, connection: Connection) -> None:
+def _serve(encoder: BlockEncoder, channel: Channel) -> None:
     """Answer blocks until the socket closes, however that happens."""
-    with connection:
+    with channel, ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(channel.receive)
         while True:
             try:
-                block = connection.recv()
+                block = coming.result()
             except (EOFError, ConnectionError):
                 return
+            coming = reader.submit(channel.receive)  # while this one is encoded
             try:
                 answer: Any = encoder(block)
             except EftError as error:
                 answer = error
             except Exception:
                 answer = _unexpected()
-            if not _sent(connection, answer):
+            if not _sent(channel, answer):
                 return
 
 
@@ -90,13 +97,19 @@ def _unexpected() -> RuntimeError:
     return RuntimeError(f"in a process that prepares data:\n{traceback.format_exc()}")
 
 
-def _sent(connection: Connection, answer: Any) -> bool:
+def _sent(channel: Channel, answer: Any) -> bool:
     try:
-        connection.send(answer)
+        channel.send(answer)
     except ConnectionError:  # the main process was killed: there is nobody to tell
         return False
     return True
 
 
 if __name__ == "__main__":
-    sys.exit(main([int(handle) for handle in sys.argv[1:]]))
+    arguments = sys.argv[1:]
+    if arguments[0] == FAST:
+        from eft.data.bpe import load_loops  # numba is slow to import
+
+        load_loops()
+    code = main([int(handle) for handle in arguments if handle != FAST])
+    os._exit(code)  # as above

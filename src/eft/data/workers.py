@@ -17,17 +17,18 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from queue import SimpleQueue
+from threading import Lock
 from typing import Any
 
 from eft.core.errors import DataError
 from eft.data.block_encoder import EncodedBlock, Job
+from eft.data.channel import Channel
 from eft.data.readers import Block
+from eft.data.worker import FAST
 
-_AHEAD = 2
-"""Blocks per worker that are read or kept ahead."""
+_IN_FLIGHT, _AHEAD = 2, 3
+"""Blocks per worker that it has, and that are read or kept ahead."""
 _STOP_S = 5.0
 _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -42,28 +43,39 @@ class WorkerDiedError(DataError):
     """A process ended in the middle of its work; the data are not to blame."""
 
 
-@dataclass(frozen=True)
 class _Worker:
-    """The main process's end of a worker's socket."""
+    """The main process's end of a worker's socket, for several threads: the worker has its next block before it has
+    answered the one before."""
 
-    connection: Connection
-    process: subprocess.Popen[bytes]
-    """The one that the workers are forks of. It ends with the last of them, or like the first that dies."""
+    def __init__(self, channel: Channel, process: subprocess.Popen[bytes]):
+        """`process`: what the workers are forks of. It ends with the last of them, or like the first that dies."""
+        self.channel = channel
+        self._process = process
+        self._sending, self._receiving = Lock(), Lock()
+        self._asked: deque[Future[Any]] = deque()
+        """What was sent and has no answer; answers come in the same order."""
 
     def ask(self, message: Any) -> Any:
         """The worker's answer. Raises what the worker raised, WorkerDiedError when it died."""
+        mine: Future[Any] = Future()
         try:
-            self.connection.send(message)
-            answer = self.connection.recv()
-        except (EOFError, ConnectionError, BrokenPipeError) as error:
+            with self._sending:
+                self._asked.append(mine)
+                self.channel.send(message)
+            with self._receiving:
+                while not mine.done():
+                    answer = self.channel.receive()
+                    self._asked.popleft().set_result(answer)
+        except (EOFError, OSError) as error:
             raise WorkerDiedError(self._death()) from error
+        answer = mine.result()
         if isinstance(answer, Exception):
             raise answer
         return answer
 
     def _death(self) -> str:
         try:
-            code = self.process.wait(_STOP_S)
+            code = self._process.wait(_STOP_S)
         except subprocess.TimeoutExpired:
             code = 0
         how = f"was ended by signal {-code}" if code < 0 else f"ended with code {code}"
@@ -74,15 +86,15 @@ class _Worker:
 class Workers:
     """Processes that encode; they start with the object, and are ready by the time their job is known.
 
-    A context manager: the processes end with it.
+    A context manager: the processes end with it. `fast`: the job will likely come with the fast encoder.
     """
 
-    def __init__(self, num_processes: int):
+    def __init__(self, num_processes: int, *, fast: bool = False):
         self._stack = ExitStack()
         pairs = [socket.socketpair() for _ in range(num_processes)]
         theirs = [str(inner.fileno()) for _, inner in pairs]
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "eft.data.worker", *theirs],
+            [sys.executable, "-P", "-m", "eft.data.worker", *([FAST] if fast else []), *theirs],
             pass_fds=[inner.fileno() for _, inner in pairs],
             env={**os.environ, **_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(path or "." for path in sys.path)},
             stdin=subprocess.DEVNULL,
@@ -91,9 +103,9 @@ class Workers:
         self._stack.callback(self._stop)
         for _, inner in pairs:
             inner.close()
-        self._workers = [_Worker(Connection(outer.detach()), self.process) for outer, _ in pairs]
+        self._workers = [_Worker(Channel(outer), self.process) for outer, _ in pairs]
         for worker in self._workers:
-            self._stack.callback(worker.connection.close)
+            self._stack.callback(worker.channel.close)
 
     def __enter__(self) -> Workers:
         return self
@@ -116,7 +128,7 @@ class Workers:
         WorkerDiedError when a worker dies.
         """
         count = len(self._workers)
-        pool = self._stack.enter_context(ThreadPoolExecutor(count))
+        pool = self._stack.enter_context(ThreadPoolExecutor(count * _IN_FLIGHT))
         idle: SimpleQueue[_Worker] = SimpleQueue()
 
         def encode(block: Block) -> EncodedBlock:
@@ -128,7 +140,7 @@ class Workers:
             return encoded
 
         self._workers[0].ask(job)  # for all of them
-        for worker in self._workers:
+        for worker in self._workers * _IN_FLIGHT:
             idle.put(worker)
         pending: deque[Future[EncodedBlock]] = deque()
         try:

@@ -120,19 +120,8 @@ def conversation(
     if not isinstance(turns, list) or not turns:
         expected = "[{'role': …, 'content': …}, …]"
         raise DataError(f"{where}: field {column!r} is not a list with turns; expected {expected}")
-    messages: list[Message] = []
-    marks: list[TurnMark] = []
-    for number, turn in enumerate(turns, 1):
-        message = _plain_message(turn, properties, roles)
-        mark = UNMARKED
-        if message is None:
-            at = f"{where}, turn {number}"
-            if not isinstance(turn, dict):
-                raise DataError(f"{at}: is a {type(turn).__name__}; expected {{'role': …, 'content': …}}")
-            message = _message(at, turn, properties, roles)
-            mark = mark_of(at, turn, properties.names["content"], message, properties.marks)
-        messages.append(message)
-        marks.append(mark)
+    plain = _plain_messages(turns, properties, roles)
+    messages, marks = _messages(where, turns, properties, roles) if plain is None else (plain, [UNMARKED] * len(plain))
     if messages[0]["role"] == "system":
         if drops_system:
             del messages[0], marks[0]
@@ -141,7 +130,7 @@ def conversation(
         marks.insert(0, UNMARKED)
     if not messages:
         raise DataError(f"{where}: has no turn but the system turn, which `drop_system_message` leaves out")
-    is_marked = any(mark is not UNMARKED for mark in marks)
+    is_marked = plain is None and any(mark is not UNMARKED for mark in marks)
     return Example(where, messages=messages, tools=_tools(where, tools), marks=tuple(marks) if is_marked else None)
 
 
@@ -154,14 +143,36 @@ def role_names(mapping: dict[str, list[str]]) -> dict[str, str]:
     return names
 
 
-def _plain_message(turn: Any, properties: Properties, roles: dict[str, str]) -> Message | None:
-    """A turn of nothing but a role and a text; None for any other, and for one that is wrong."""
-    if type(turn) is not dict or len(turn) != 2 or properties.split_thinking:
+def _plain_messages(turns: list[Any], properties: Properties, roles: dict[str, str]) -> list[Message] | None:
+    """Turns of nothing but a role and a text; None where there is any other, or one that is wrong."""
+    if properties.split_thinking:
         return None
-    role, content = turn.get(properties.names["role"]), turn.get(properties.names["content"])
-    if type(role) is not str or type(content) is not str or role not in roles:
-        return None
-    return {"role": roles[role], "content": content}
+    role_name, content_name = properties.names["role"], properties.names["content"]
+    messages: list[Message] = []
+    for turn in turns:
+        if type(turn) is not dict or len(turn) != 2:
+            return None
+        role, content = turn.get(role_name), turn.get(content_name)
+        if type(role) is not str or type(content) is not str or role not in roles:
+            return None
+        messages.append({"role": roles[role], "content": content})
+    return messages
+
+
+def _messages(
+    where: str, turns: list[Any], properties: Properties, roles: dict[str, str]
+) -> tuple[list[Message], list[TurnMark]]:
+    """Turns of any kind, and what the row says about the training of each."""
+    messages: list[Message] = []
+    marks: list[TurnMark] = []
+    for number, turn in enumerate(turns, 1):
+        at = f"{where}, turn {number}"
+        if not isinstance(turn, dict):
+            raise DataError(f"{at}: is a {type(turn).__name__}; expected {{'role': …, 'content': …}}")
+        message = _message(at, turn, properties, roles)
+        messages.append(message)
+        marks.append(mark_of(at, turn, properties.names["content"], message, properties.marks))
+    return messages, marks
 
 
 def _message(where: str, turn: dict[str, Any], properties: Properties, roles: dict[str, str]) -> Message:

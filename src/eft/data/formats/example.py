@@ -42,7 +42,7 @@ class TurnMark:
 UNMARKED = TurnMark()
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Example:
     """One row after its format: exactly one of `messages`, `segments` and `sample` is set."""
 
