@@ -11,7 +11,7 @@ import os
 import socket
 import sys
 import traceback
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from eft.core.errors import EftError
@@ -75,22 +75,25 @@ def _encoder(channel: Channel) -> BlockEncoder | None:
 
 def _serve(encoder: BlockEncoder, channel: Channel) -> None:
     """Answer blocks until the socket closes, however that happens."""
-    with channel, ThreadPoolExecutor(1) as reader:
+    with channel, ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as sender:
         coming = reader.submit(channel.receive)
+        going: Future[bool] | None = None
         while True:
             try:
                 block = coming.result()
             except (EOFError, ConnectionError):
                 return
-            coming = reader.submit(channel.receive)  # while this one is encoded
+            # While this one is encoded, the next one comes and the answer to the last one goes.
+            coming = reader.submit(channel.receive)
             try:
                 answer: Any = encoder(block)
             except EftError as error:
                 answer = error
             except Exception:
                 answer = _unexpected()
-            if not _sent(channel, answer):
+            if going is not None and not going.result():
                 return
+            going = sender.submit(_sent, channel, answer)
 
 
 def _unexpected() -> RuntimeError:
