@@ -93,7 +93,7 @@ def test_a_users_function_runs_in_the_workers(tmp_path: Path, monkeypatch: pytes
 def test_a_worker_that_dies_is_told_and_what_is_finished_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = rows_file(tmp_path / "chats.jsonl", 600)
+    path = rows_file(tmp_path / "chats.jsonl", 3000)
     cfg = config(path, type="chat_template", malformed_rows="drop", dataset_processes=2)
     started: list[psutil.Process] = []
     reports: list[int] = []

@@ -27,8 +27,8 @@ from eft.data.channel import Channel
 from eft.data.readers import Block
 from eft.data.worker import FAST
 
-_IN_FLIGHT, _AHEAD = 2, 3
-"""Blocks per worker that it has, and that are read or kept ahead."""
+_IN_FLIGHT, _AHEAD = 2, 8
+"""Blocks per worker that it has, and that are read or kept ahead: enough for the time in which a shard is ended."""
 _STOP_S = 5.0
 _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
