@@ -171,6 +171,12 @@ def test_an_unknown_rule_is_named() -> None:
     assert found == "the regular expression of its pre-tokeniser"
 
 
+def test_truncation_that_an_earlier_call_left_does_not_spoil_the_proof() -> None:
+    tokenizer = a_tokenizer()
+    tokenizer.backend_tokenizer.enable_truncation(2)
+    encoder_of(tokenizer)
+
+
 def test_a_wrong_encoder_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Numbers one by one where the tokenizer takes three at a time: ordinary text hardly shows it."""
     one, three = [pattern for pattern, (_, digits, _) in KNOWN_RULES.items() if r"\p{M}" not in pattern]
