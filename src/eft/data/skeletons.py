@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import accumulate
 from typing import Literal, NamedTuple
 
@@ -32,7 +31,7 @@ _MOST_BLANKS = 8
 _HARD = ('"', "\\", "\n", "\t", "<&>", "é", "  ", "aB", "'", "{{", "%}", ":", "1")
 """Characters that a template which changes texts in any way would not leave alone."""
 
-Shape = tuple[tuple[str, ...], ...]
+Shape = tuple[str | tuple[str, ...], ...]
 
 
 class Text(NamedTuple):
@@ -164,12 +163,16 @@ class Skeletons:
 
 def _shape_of(messages: Sequence[Message]) -> Shape | None:
     """None for a conversation with anything but roles and texts."""
-    shape: list[tuple[str, ...]] = []
+    roles: list[str] = []
     for message in messages:
         content = message["content"]
-        if len(message) == 2 and content and not content[0].isspace() and not content[-1].isspace():
-            shape.append(_bare_turn(message["role"]))  # what is found below, too
-            continue
+        if len(message) > 2 or not content or len(content.strip()) != len(content):
+            break
+        roles.append(message["role"])
+    else:
+        return tuple(roles)  # nearly all: nothing but texts without blanks at their ends
+    shape: list[tuple[str, ...]] = []
+    for message in messages:
         if not message.keys() <= _KNOWN:
             return None
         parts = [message["role"]]
@@ -185,12 +188,6 @@ def _shape_of(messages: Sequence[Message]) -> Shape | None:
             parts += [text[:at], "x" if core else "", text[at + len(core) :]]
         shape.append(tuple(parts))
     return tuple(shape)
-
-
-@lru_cache(maxsize=64)
-def _bare_turn(role: str) -> tuple[str, ...]:
-    """A turn of nothing but a text without blanks at its ends."""
-    return (role, "", "x", "", "-")
 
 
 def _skeleton(rendering: Rendering, probes: dict[str, _Hole]) -> Skeleton | None:
