@@ -19,7 +19,6 @@ import signal
 import sys
 import tempfile
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -42,6 +41,7 @@ from eft.trainer.checkpoint import PROGRESS_FILE, STATE_FILE
 from tests.distributed.commands import kill, start, write_run
 from tests.faults.job import metrics
 from tests.faults.moments import at_file_event, send
+from tests.forked import work_and_leave
 
 PAGE = Path(__file__).parents[2] / "docs" / "parallel.md"
 NPROC = 2
@@ -170,7 +170,8 @@ def launch_forked(config: Path, output: Path, plan: Plan) -> Steps:
     sys.stdout.flush()
     launcher = os.fork()
     if launcher == 0:
-        _be_launcher(notes, plan.blows, output, ["train", str(config), f"output_dir={output}"], log)
+        arguments = ["train", str(config), f"output_dir={output}"]
+        work_and_leave(log, lambda: _be_launcher(notes, plan.blows, output, arguments))
     try:
         for attempt, blow in enumerate(plan.blows):
             if not _strike(blow, notes, launcher, attempt):
@@ -194,24 +195,12 @@ def _check_end(code: int, text: str) -> None:
         raise Broken(f"exit code {code}\n{text[-3000:]}")
 
 
-def _be_launcher(notes: Notes, blows: list[Blow], output: Path, arguments: list[str], log: Path) -> None:
-    """In a forked process: torchrun with the config of `eft train`, but ranks that are forked. Does not return."""
-    code = 1
-    try:
-        with log.open("ab") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-        fleet = Fleet(NPROC, max_restarts=len(blows))
-        config = launch_config(fleet, arguments, notes.folder)
-        config = replace(config, start_method="fork", monitor_interval=0.05)
-        elastic_launch(config, rank_main)(notes, blows, output, arguments)
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+def _be_launcher(notes: Notes, blows: list[Blow], output: Path, arguments: list[str]) -> int:
+    """In a forked process: torchrun with the config of `eft train`, but ranks that are forked."""
+    config = launch_config(Fleet(NPROC, max_restarts=len(blows)), arguments, notes.folder)
+    config = replace(config, start_method="fork", monitor_interval=0.05)
+    elastic_launch(config, rank_main)(notes, blows, output, arguments)
+    return 0
 
 
 def _strike(blow: Blow, notes: Notes, launcher: int, attempt: int) -> bool:

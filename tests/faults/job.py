@@ -12,7 +12,6 @@ import os
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +29,7 @@ from eft.core.hashing import hash_file
 from eft.data.dataset_meta import DatasetMeta
 from eft.runtime import run_folder
 from eft.runtime.checkpoint import CheckpointStore
+from tests.forked import work_and_leave
 from tests.tiny_run import lay_out
 
 STEPS = 12
@@ -100,22 +100,9 @@ class Job:
         """Fork a child that trains into `output`; returns its process id."""
         sys.stdout.flush()
         child = os.fork()
-        if child:
-            return child
-        code = 1
-        try:
-            with output.with_name(output.name + ".log").open("ab") as log:
-                os.dup2(log.fileno(), 1)
-                os.dup2(log.fileno(), 2)
-                code = self._train(output, prepare)
-        except KeyboardInterrupt:
-            code = 130
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
+        if child == 0:
+            work_and_leave(output.with_name(output.name + ".log"), lambda: self._train(output, prepare))
+        return child
 
     def _train(self, output: Path, prepare: Prepare | None) -> int:
         """What `eft train` does, without its command line."""
