@@ -106,7 +106,8 @@ def _encoder(which: str, normalizes: bool) -> FastEncoder:
 def test_words_of_all_lengths_are_known_again_and_told_apart(words: list[str], which: str) -> None:
     # Of words that differ in their end only, in what follows them, or in zero bytes there.
     letters = ["a" * count for count in range(1, 40)]
-    alike = [*words, *letters, *(word[:-1] + "b" for word in letters), *(word + "\0" for word in words)]
+    ends = [word[:-1] + end for word in letters for end in "bqA"]  # a bit apart from each other
+    alike = [*words, *letters, *ends, *(word + "\0" for word in words)]
     texts = [between.join(alike) for between in (" ", "é", "!")] * 2
     encoder = FastEncoder(a_tokenizer(which).backend_tokenizer.to_str())
     assert first_difference(encoder, a_tokenizer(which), texts) is None

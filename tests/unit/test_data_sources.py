@@ -357,6 +357,7 @@ LINES = st.one_of(
 @settings(max_examples=600, deadline=None)
 @given(line=LINES)
 @example('{"a":1,"a":2}')
+@example('{"a" :1,"a":2}')
 @example('{"a" :1,"a":"\\":"}')
 @example('{"a":123456789012345678901234567890}')
 def test_a_row_read_quickly_is_the_row_read_with_care(line: str) -> None:
