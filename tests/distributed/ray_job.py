@@ -9,20 +9,18 @@ That is `eft train CONFIG --launcher ray` in a process of its own, whose cluster
 nothing behind. A start takes about half a minute of CPU time: Ray's own processes, then the imports of each worker.
 `train_in_workers` does the same with the calling process as the driver, and notes which samples were fed.
 
-    python -m tests.distributed.ray_job --kills 50       kills so many workers in all, and compares every run's end
+`python -m tests.distributed.kills --launcher ray` kills fifty.
 
 Import it only where Ray is there (`needs_ray` of test_ray.py).
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
 import signal
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,7 +33,7 @@ from eft.cli.ray_run import Order, work
 from eft.config.load import load_config
 from eft.core.errors import ConfigError
 from eft.data.loader import MicroBatch, TrainSampler
-from eft.parallel.ray_train import RayRequest, ray_cluster, run_workers
+from eft.parallel.ray_train import RayRequest, run_workers
 from tests.distributed.commands import Job, descendants, kill, start, write_run
 from tests.faults.job import metrics
 
@@ -188,20 +186,3 @@ def check_kills(folder: Path, kills: int, seed: int, epochs: int = 2) -> str:
         assert weights[0] == weights[1]
         print(f"{killed.name}: {len(pids)} kills, bit-equal, every row once in each of {epochs} epochs", flush=True)
     return text
-
-
-def main() -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(description=check_kills.__doc__)
-    parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="eft-ray-kills-") as folder, ray_cluster(None):
-        check_kills(Path(folder), options.kills, options.seed, epochs=3)
-
-
-if __name__ == "__main__":
-    # By its name: what the workers run must be importable.
-    from tests.distributed.ray_job import main as command
-
-    command()
