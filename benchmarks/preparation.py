@@ -177,7 +177,7 @@ def run_round(contenders: dict[str, Contender], settings: dict[str, Any], folder
     if "raw" in contenders:
         reply, peak = run_child("raw_bpe.py", settings, variables=tiktoken_python())
         assert reply["equal"] == reply["compared"], "tiktoken gives other ids"
-        for name in ("tiktoken", "tokenizers"):
+        for name in ("tiktoken", "tokenizers")[: 1 + settings["tokenizers"]]:
             contender = contenders.setdefault(name, Contender(name))
             contender.replies.append(reply[name])
             contender.peaks.append(peak)
@@ -239,6 +239,7 @@ def main() -> None:
         "--tokenizer", help="folder of a byte-level BPE tokenizer with GPT-2's rule and ChatML's tokens"
     )
     parser.add_argument("--only", choices=["eft"], help="leave the others out")
+    parser.add_argument("--no-tokenizers", action="store_true", help="leave out `tokenizers`, which takes longest")
     parser.add_argument("--section", default="preparation")
     parser.add_argument("--no-page", action="store_true", help="print only")
     options = parser.parse_args()
@@ -255,6 +256,7 @@ def main() -> None:
             "tokenizer": str(tokenizer),
             "processes": options.processes,
             "compared": _COMPARED,
+            "tokenizers": not options.no_tokenizers,
         }
         # The first use of the fast encoder compiles it, once per installation.
         small = folder / "small.jsonl"

@@ -38,7 +38,7 @@ def timed(call: Callable[[], Sequence[Sequence[int]]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Both, one after the other, on texts that are JSON strings line by line."""
+    """tiktoken and, where asked for, tokenizers, one after the other, on texts that are JSON strings line by line."""
     settings = json.loads(sys.argv[1])
     texts = [json.loads(line) for line in Path(settings["texts"]).read_text().splitlines()]
     path = str(Path(settings["tokenizer"]) / "tokenizer.json")
@@ -48,10 +48,11 @@ def main() -> None:
     threads = settings["processes"]
     reply: dict[str, Any] = {
         "tiktoken": timed(lambda: encoding.encode_batch(texts, num_threads=threads, allowed_special="all")),
-        "tokenizers": timed(
-            lambda: [each.ids for each in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
-        ),
     }
+    if settings["tokenizers"]:
+        reply["tokenizers"] = timed(
+            lambda: [each.ids for each in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        )
     sample = texts[: settings["compared"]]
     ours = [encoding.encode(text, allowed_special="all") for text in sample]
     theirs = [each.ids for each in tokenizer.encode_batch_fast(sample, add_special_tokens=False)]

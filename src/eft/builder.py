@@ -147,6 +147,8 @@ class HFCausalTrainerBuilder:
                 plan's own number (D8).
         """
         config = self.config
+        if self.environment.device.type == "cpu":
+            HostMemory.map_large_blocks()
         self._check_adapter()
         require_trackers(config)
         precision = resolve_precision(config, self.environment)

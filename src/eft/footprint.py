@@ -28,6 +28,7 @@ from eft.optim.optimizers import build_optimizer
 from eft.optim.state_size import gradient_bytes, optimizer_state_bytes
 from eft.parallel.plan import Degrees, batch_of
 from eft.runtime.env import Environment, resolve_precision
+from eft.runtime.memory import HostMemory
 
 _TRACED = "eft_footprint"
 _MEASURED_STEPS = 256
@@ -37,6 +38,11 @@ _HEAD_CHUNK = 1 << 29
 
 _PROCESS = 88 << 20
 """Kernels, threads and gloo's buffers: what a process takes beside its tensors once it trains."""
+_HOLES_IN_HEAP = 0.53
+_HOLES_IN_MAPPINGS = {False: 0.2, True: 0.35}
+_HOLES_BY_GATHERING = 0.65
+"""Fitted: bytes held beyond each byte of activations, by whether malloc cuts their tensors out of its heap (and whether
+FSDP2 gathers layers meanwhile), and of small parameters that are gathered."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +101,7 @@ def footprint(config: TrainConfig, plan: Plan, world_size: int) -> Footprint:
     tokens, trained = -(-tokens // degrees.cp), -(-trained // degrees.cp)
     here = Environment.detect()
     precision = resolve_precision(config, here)
-    saved = _saved_bytes(model, tokens, config, precision.compute_dtype)
+    saved, in_heap = _saved_bytes(model, tokens, config, precision.compute_dtype)
     head = _head_bytes(model, trained, precision.compute_dtype)
     weights = sum(parameter.nbytes for parameter in model.parameters())
     gradients = gradient_bytes(model)
@@ -111,7 +117,11 @@ def footprint(config: TrainConfig, plan: Plan, world_size: int) -> Footprint:
     activations = saved // degrees.tp + head
     forward = resident + accumulated + activations + gathered
     backward = resident + (accumulated or gradients // share) + saved // degrees.tp // layers + gathered
-    kept = _kept_by_malloc(gradients // share, gathered) if here.device.type == "cpu" else 0
+    kept = 0
+    if here.device.type == "cpu":
+        holes = _holes(model, in_heap, activations - in_heap, gathers=parts > 1)
+        # Gradients that come and go with every step take the place of activations, so both are counted.
+        kept = _PROCESS + (holes if parts > 1 or accumulated else gradients)
     return Footprint(
         weights=weights // share,
         gradients=gradients // share,
@@ -126,13 +136,14 @@ def footprint(config: TrainConfig, plan: Plan, world_size: int) -> Footprint:
     )
 
 
-def _kept_by_malloc(gradients: int, gathered: int) -> int:
-    """Fitted: tensors below 32 MiB are cut out of one heap, and the holes that they leave do not fit the next ones.
+def _holes(model: PreTrainedModel, in_heap: int, mapped: int, *, gathers: bool) -> int:
+    """Fitted: what rows of other lengths left free in malloc's heap, and does not fit the tensors of this one.
 
-    It does not grow with the rows: at the fullest moment their activations are alive, and lie in what was free. With
-    every tensor in a mapping of its own (MALLOC_MMAP_THRESHOLD_=65536) it is a third of that or less.
+    Of tensors that have mappings of their own (`HostMemory.map_large_blocks`) it is what the backward pass adds.
     """
-    return _PROCESS + gradients + gathered * 3 // 2
+    sizes = (parameter.nbytes for parameter in model.parameters() if gathers)
+    small_weights = sum(size for size in sizes if size < HostMemory.MAPPED_FROM)
+    return int(_HOLES_IN_HEAP * in_heap + _HOLES_IN_MAPPINGS[gathers] * mapped + _HOLES_BY_GATHERING * small_weights)
 
 
 def _meta_model(config: TrainConfig) -> PreTrainedModel:
@@ -169,8 +180,9 @@ def _longest_micro_batch(plan: Plan, config: TrainConfig, degrees: Degrees) -> t
     return best
 
 
-def _saved_bytes(model: PreTrainedModel, tokens: int, config: TrainConfig, dtype: torch.dtype) -> int:
-    """What autograd keeps of the decoder's forward pass over a row of `tokens`, weights apart."""
+def _saved_bytes(model: PreTrainedModel, tokens: int, config: TrainConfig, dtype: torch.dtype) -> tuple[int, int]:
+    """What autograd keeps of the decoder's forward pass over a row of `tokens`, weights apart; and what of it is in
+    tensors so small that malloc's heap holds them."""
     base = base_of(model)
     layers = int(base.config.get_text_config().num_hidden_layers)
     ids = torch.zeros((1, tokens), dtype=torch.int64, device="meta")
@@ -187,14 +199,16 @@ def _saved_bytes(model: PreTrainedModel, tokens: int, config: TrainConfig, dtype
         # A prebuilt mask is taken as it is; without one the values of the positions are looked at.
         mask = torch.zeros((1, 1, 1, 1), device="meta")
         base.get_decoder()(input_ids=ids, position_ids=ids, attention_mask=mask, use_cache=False)
-    total = sum(int(tensor.untyped_storage().nbytes()) for tensor in saved.values())
+    sizes = [int(tensor.untyped_storage().nbytes()) for tensor in saved.values()]
+    total, in_heap = sum(sizes), sum(size for size in sizes if size < HostMemory.MAPPED_FROM)
     if dtype != torch.float32:
         # Autocast keeps the operands of its products in half the bytes, and a cast copy of the weights.
         total = total // 2 + sum(parameter.numel() * dtype.itemsize for parameter in model.parameters())
+        in_heap //= 2
     if config.gradient_checkpointing:
         inputs = int(layers * tokens * base.config.get_text_config().hidden_size * 4)
-        return inputs + total // layers
-    return total
+        return inputs + total // layers, in_heap // layers
+    return total, in_heap
 
 
 def _head_bytes(model: PreTrainedModel, trained: int, dtype: torch.dtype) -> int:
@@ -207,16 +221,17 @@ def _head_bytes(model: PreTrainedModel, trained: int, dtype: torch.dtype) -> int
 
 
 def _gathered_bytes(model: PreTrainedModel) -> int:
-    """Embedding and head, and two decoder layers: one at work, one on its way; each with its gradients."""
+    """Embedding and head, and two decoder layers: one at work, with its gradients, and one on its way."""
     base = base_of(model)
     layers = [module for module in base.modules() if type(module).__name__ in (base._no_split_modules or ())]
-    largest = max((_bytes(layer) for layer in layers), default=0)
+    largest = max((_bytes_of_two(layer) for layer in layers), default=0)
     ends = {id(module): module for module in (base.get_input_embeddings(), base.get_output_embeddings())}
-    return 2 * largest + sum(_bytes(module) for module in ends.values())
+    return largest + sum(int(parameter.nbytes) for module in ends.values() for parameter in module.parameters())
 
 
-def _bytes(module: nn.Module) -> int:
-    return sum(parameter.nbytes * (1 + parameter.requires_grad) for parameter in module.parameters())
+def _bytes_of_two(layer: nn.Module) -> int:
+    """Twice the weights and once their gradients."""
+    return sum(parameter.nbytes * (2 + parameter.requires_grad) for parameter in layer.parameters())
 
 
 def _saved_weights(model: nn.Module) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from accelerate import ParallelismConfig
+from accelerate import ParallelismConfig, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 from eft.trainer.trainer import EftTrainer
@@ -31,5 +31,6 @@ class CpuShimTrainer(EftTrainer):
             state.device_mesh = self.meshes.build_device_mesh("cpu")
         if self.plugin is not None:
             state.fsdp_plugin = self.plugin
-            state.distributed_type = DistributedType.FSDP
+            # Also where accelerate writes it: every later `AcceleratorState()` copies it from there.
+            state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
             self.is_fsdp_enabled = True

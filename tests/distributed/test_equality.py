@@ -64,6 +64,7 @@ def check(group: Ranks, mode: str, kind: str, tmp_path: Path, **keys: Any) -> li
     _, wrapped, more = MODES[mode]
     got = group.run(train, kind, settings(tmp_path / "out", **more, **keys))
     assert re.sub("FSDP[A-Za-z0-9]+", "FSDP", got[0].wrapped).endswith(wrapped)
+    assert got[0].is_fsdp2 == wrapped.startswith("FSDP")
     assert differences(got[0], alone(kind, **keys)) == []
     return got
 

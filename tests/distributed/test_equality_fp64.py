@@ -55,7 +55,8 @@ def train(
     trainer.train()
     weights = {name: tensor.detach().clone() for name, tensor in full_tensors(trainer.model)}
     assert {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()} == {torch.float64}
-    return Trained(seen.losses, seen.norms, [], weights if rank == 0 else {}, type(trainer.model_wrapped).__name__)
+    wrapped, is_fsdp2 = type(trainer.model_wrapped).__name__, trainer.accelerator.is_fsdp2
+    return Trained(seen.losses, seen.norms, [], weights if rank == 0 else {}, wrapped, is_fsdp2)
 
 
 @cache

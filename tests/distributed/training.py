@@ -47,6 +47,8 @@ class Trained:
     """Whole, by name."""
     wrapped: str
     """Class of what was trained."""
+    is_fsdp2: bool
+    """As accelerate sees it at the end, which decides what it does between micro-batches."""
 
 
 @dataclass
@@ -172,7 +174,8 @@ def train(
     weights = {name: tensor.detach().clone() for name, tensor in full_tensors(trainer.model)}
     sharded = any(isinstance(parameter, DTensor) for parameter in trainer.model.parameters())
     wrapped = f"{type(trainer.model_wrapped).__name__}{' of DTensors' if sharded else ''}"
-    return Trained(seen.losses, seen.norms, seen.evals, weights if rank == 0 else {}, wrapped)
+    is_fsdp2 = trainer.accelerator.is_fsdp2
+    return Trained(seen.losses, seen.norms, seen.evals, weights if rank == 0 else {}, wrapped, is_fsdp2)
 
 
 @dataclass

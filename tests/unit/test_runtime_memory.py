@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -118,3 +121,35 @@ def test_an_accelerators_gauge() -> None:
     assert is_out_of_memory(error.value)
     gauge.clean()
     assert gauge.available() == pytest.approx(before, rel=0.02)
+
+
+_BLOCKS = """
+import ctypes, sys
+import torch
+from eft.runtime.memory import HostMemory
+
+class Counts(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd usmblks".split()]
+    _fields_ += [(name, ctypes.c_size_t) for name in "fsmblks uordblks fordblks keepcost".split()]
+
+mallinfo = ctypes.CDLL(None).mallinfo2
+mallinfo.restype = Counts
+if sys.argv[1] == "mapped":
+    HostMemory.map_large_blocks()
+block = torch.ones(4 << 20)  # 16 MiB
+del block  # by itself malloc cuts blocks of this size out of its heap from now on
+before = mallinfo().hblkhd
+block = torch.ones(4 << 20)
+print((mallinfo().hblkhd - before) >> 20)
+"""
+
+
+@pytest.mark.parametrize(
+    ("way", "variables", "mib"),
+    [("mapped", {}, 16), ("left", {}, 0), ("mapped", {"MALLOC_MMAP_THRESHOLD_": "33554432"}, 0)],
+)
+def test_large_blocks_are_mapped_unless_somebody_has_set_that(way: str, variables: dict[str, str], mib: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _BLOCKS, way], capture_output=True, text=True, env=os.environ | variables, check=True
+    )
+    assert int(done.stdout) == mib

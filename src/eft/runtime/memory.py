@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import os
 import resource
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -21,6 +22,8 @@ _PROC = Path("/proc/self")
 _CGROUPS = Path("/sys/fs/cgroup")
 _GUARD_SLACK = 1 << 30
 """Mappings that the work may make beyond its budget without touching them: stacks of threads, arenas of malloc."""
+_M_MMAP_THRESHOLD = -3
+"""The number of that parameter in <malloc.h>."""
 _HOST_FAILURES = (
     "can't allocate memory",
     "cannot allocate memory",
@@ -75,6 +78,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 class HostMemory:
     """Main memory, within the limits of this process's control group. Linux."""
 
+    MAPPED_FROM = 8 << 20
+    """Bytes of the smallest block that gets a mapping of its own (`map_large_blocks`)."""
+
     def __init__(self, processes: int = 1) -> None:
         """`processes` of the machine divide it evenly."""
         self._processes = processes
@@ -121,6 +127,18 @@ class HostMemory:
         library = ctypes.CDLL(None)
         if hasattr(library, "malloc_trim"):  # glibc's own
             library.malloc_trim(0)
+
+    @staticmethod
+    def map_large_blocks() -> None:
+        """From now on, each tensor of `MAPPED_FROM` or more lies in a mapping of its own, which ends as it does.
+
+        By itself glibc raises that limit to the largest block it saw freed, up to 32 MiB: large tensors are then cut
+        out of one heap, and the holes that they leave do not fit the next ones. What somebody has set stays.
+        """
+        library = ctypes.CDLL(None)
+        is_set = "MALLOC_MMAP_THRESHOLD_" in os.environ or "mmap_threshold" in os.environ.get("GLIBC_TUNABLES", "")
+        if hasattr(library, "mallopt") and not is_set:
+            library.mallopt(_M_MMAP_THRESHOLD, HostMemory.MAPPED_FROM)
 
 
 class AcceleratorMemory:
