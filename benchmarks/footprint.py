@@ -87,7 +87,7 @@ def main() -> None:
     """Print one line per mode and length."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024])
-    parser.add_argument("--repeats", type=int, default=3, help="groups of processes for each line")
+    parser.add_argument("--repeats", type=int, default=5, help="groups of processes for each line")
     parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

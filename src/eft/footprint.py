@@ -40,7 +40,7 @@ _PROCESS = 88 << 20
 """Kernels, threads and gloo's buffers: what a process takes beside its tensors once it trains."""
 _HOLES_IN_HEAP = 0.53
 _HOLES_IN_MAPPINGS = {False: 0.2, True: 0.35}
-_HOLES_BY_GATHERING = 0.65
+_HOLES_BY_GATHERING = 0.75
 """Fitted: bytes held beyond each byte of activations, by whether malloc cuts their tensors out of its heap (and whether
 FSDP2 gathers layers meanwhile), and of small parameters that are gathered."""
 
