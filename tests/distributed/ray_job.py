@@ -21,6 +21,7 @@ import os
 import random
 import signal
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -90,10 +91,14 @@ def train_in_workers(
 def noting_work(order: Order) -> int:
     """In a worker: the run, with what its sampler hands out written down."""
     plain = TrainSampler.__iter__
-    notes = notes_of(Path(order.loaded.config.output_dir))
+    output = Path(order.loaded.config.output_dir)
+    notes, hold = notes_of(output), hold_of(output)
+    last = int(hold.read_text()) if hold.exists() else sys.maxsize
 
     def noted(sampler: TrainSampler) -> Iterator[MicroBatch]:
         for batch in plain(sampler):
+            while batch.step >= last and not (output / "STOP").exists():
+                time.sleep(0.05)
             samples = [int(number) for bin_ in batch.bins for number in bin_]
             line = {"pid": os.getpid(), "rank": int(os.environ["RANK"]), "step": batch.step, "samples": samples}
             with notes.open("ab", buffering=0) as file:
@@ -102,6 +107,11 @@ def noting_work(order: Order) -> int:
 
     with mock.patch.object(TrainSampler, "__iter__", noted):
         return work(order)
+
+
+def hold_of(output: Path) -> Path:
+    """Where a test writes from which step on (counted from 0) the workers wait for the stop file."""
+    return output.with_name(output.name + ".hold")
 
 
 def notes_of(output: Path) -> Path:

@@ -29,6 +29,7 @@ from tests.distributed.commands import kill, wait_for_checkpoint, write_run
 from tests.distributed.ray_job import (
     check_kills,
     fail_as_told,
+    hold_of,
     notes_of,
     start_ray_job,
     train_in_workers,
@@ -90,6 +91,7 @@ def test_what_two_workers_saved_one_process_continues(kind: str, cluster: None, 
     config = write_run(tmp_path, **TEN, **KINDS[kind])
     one, two = tmp_path / "one", tmp_path / "two"
     one_process(config, one)
+    hold_of(two).write_text("6")
 
     def stop() -> None:
         if len(losses(two)) >= 3:
