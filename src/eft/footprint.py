@@ -39,7 +39,7 @@ _HEAD_CHUNK = 1 << 29
 _PROCESS = 88 << 20
 """Kernels, threads and gloo's buffers: what a process takes beside its tensors once it trains."""
 _HOLES_IN_HEAP = 0.53
-_HOLES_IN_MAPPINGS = {False: 0.2, True: 0.35}
+_HOLES_IN_MAPPINGS = {False: 0.15, True: 0.35}
 _HOLES_BY_GATHERING = 0.6
 _HOLES_OF_SHORT_ROWS = 1.5
 """Fitted: bytes held beyond each byte of activations, by whether malloc cuts their tensors out of its heap (and whether

@@ -97,7 +97,7 @@ def noting_work(order: Order) -> int:
 
     def noted(sampler: TrainSampler) -> Iterator[MicroBatch]:
         for batch in plain(sampler):
-            while batch.step >= last and not (output / "STOP").exists():
+            while batch.step >= last and hold.exists():
                 time.sleep(0.05)
             samples = [int(number) for bin_ in batch.bins for number in bin_]
             line = {"pid": os.getpid(), "rank": int(os.environ["RANK"]), "step": batch.step, "samples": samples}
@@ -110,7 +110,7 @@ def noting_work(order: Order) -> int:
 
 
 def hold_of(output: Path) -> Path:
-    """Where a test writes from which step on (counted from 0) the workers wait for the stop file."""
+    """Where a test writes from which step on (counted from 0) the workers wait until it is removed."""
     return output.with_name(output.name + ".hold")
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import signal
 import socket
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from eft.core.errors import ConfigError
 from eft.parallel import ray_train
 from eft.parallel.launch import RunFailed
 from eft.parallel.ray_train import RayRequest, _Heard, check_room, logs_of_cluster, ray_cluster, run_workers
+from eft.runtime.stop import FILE_EVERY_S
 from tests.distributed.commands import kill, wait_for_checkpoint, write_run
 from tests.distributed.ray_job import (
     check_kills,
@@ -92,10 +94,15 @@ def test_what_two_workers_saved_one_process_continues(kind: str, cluster: None, 
     one, two = tmp_path / "one", tmp_path / "two"
     one_process(config, one)
     hold_of(two).write_text("6")
+    asked: list[float] = []
 
     def stop() -> None:
-        if len(losses(two)) >= 3:
+        if len(losses(two)) >= 3 and not asked:
             (two / "STOP").touch()
+            asked.append(time.monotonic())
+        # Workers look for the file now and then only; the first step that is let go comes after that.
+        if asked and time.monotonic() - asked[0] > FILE_EVERY_S:
+            hold_of(two).unlink(missing_ok=True)
 
     code, text = train_in_workers(config, f"output_dir={two}", on_wait=stop)
     assert code == EXIT_STOP_FILE, text
