@@ -40,10 +40,10 @@ _PROCESS = 88 << 20
 """Kernels, threads and gloo's buffers: what a process takes beside its tensors once it trains."""
 _HOLES_IN_HEAP = 0.53
 _HOLES_IN_MAPPINGS = {False: 0.15, True: 0.35}
-_HOLES_BY_GATHERING = 0.6
-_HOLES_OF_SHORT_ROWS = 1.5
-"""Fitted: bytes held beyond each byte of activations, by whether malloc cuts their tensors out of its heap (and whether
-FSDP2 gathers layers meanwhile), and of small parameters that are gathered; beside short rows, those parameters' own."""
+_HOLES_BY_WEIGHTS = {False: 0.25, True: 0.6}
+_HOLES_OF_SHORT_ROWS = {False: 0.0, True: 1.5}
+"""Fitted: bytes held beyond each byte of activations, by whether malloc cuts their tensors out of its heap, and beyond
+each byte of small parameters, with rows and at the least; by whether FSDP2 gathers layers meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -142,10 +142,10 @@ def _holes(model: PreTrainedModel, in_heap: int, mapped: int, *, gathers: bool) 
 
     Of tensors that have mappings of their own (`HostMemory.map_large_blocks`) it is what the backward pass adds.
     """
-    sizes = (parameter.nbytes for parameter in model.parameters() if gathers)
-    small_weights = sum(size for size in sizes if size < HostMemory.MAPPED_FROM)
-    of_rows = _HOLES_IN_HEAP * in_heap + _HOLES_IN_MAPPINGS[gathers] * mapped + _HOLES_BY_GATHERING * small_weights
-    return int(max(of_rows, _HOLES_OF_SHORT_ROWS * small_weights))
+    sizes = (parameter.nbytes for parameter in model.parameters())
+    small = sum(size for size in sizes if size < HostMemory.MAPPED_FROM)
+    of_rows = _HOLES_IN_HEAP * in_heap + _HOLES_IN_MAPPINGS[gathers] * mapped + _HOLES_BY_WEIGHTS[gathers] * small
+    return int(max(of_rows, _HOLES_OF_SHORT_ROWS[gathers] * small))
 
 
 def _meta_model(config: TrainConfig) -> PreTrainedModel:
