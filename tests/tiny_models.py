@@ -142,4 +142,15 @@ def tiny_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if overrides.get("tie_word_embeddings"):
+        _check_tied(model)
     return model.train()
+
+
+def _check_tied(model: PreTrainedModel) -> None:
+    """Two runs of all tests had a model here that was not; what tying depends on is shown."""
+    head = model.get_output_embeddings()
+    assert head is None or head.weight is model.get_input_embeddings().weight, (
+        f"not tied: {type(model).__name__}, {PreTrainedModel.tie_weights}, {type(model).tie_weights}, "
+        f"{type(model)._tied_weights_keys}, {model.all_tied_weights_keys}, {model.config.tie_word_embeddings}"
+    )

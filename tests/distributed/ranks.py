@@ -30,12 +30,13 @@ class RankError(AssertionError):
 class Ranks:
     """The processes of one group."""
 
-    def __init__(self, world_size: int) -> None:
+    def __init__(self, world_size: int, method: str = "fork") -> None:
+        """`method` "spawn": processes that know nothing of this one; they take seconds to import everything."""
         self.world_size = world_size
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        context = multiprocessing.get_context("fork")
+        context: Any = multiprocessing.get_context(method)
         self._pipes: list[Connection] = []
         self._processes = []
         for rank in range(world_size):
@@ -69,9 +70,9 @@ class Ranks:
 
 
 @contextmanager
-def ranks(world_size: int) -> Iterator[Ranks]:
+def ranks(world_size: int, method: str = "fork") -> Iterator[Ranks]:
     """Ranks that end with the block."""
-    group = Ranks(world_size)
+    group = Ranks(world_size, method)
     try:
         yield group
     finally:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from eft.models.adapters import set_dtypes
 from eft.parallel.engine import load_time_sharding
 from eft.parallel.plan import Degrees
 from eft.parallel.state_dict import fill_whole, full_tensors, keep_in_file
-from tests.distributed.ranks import Ranks
+from tests.distributed.ranks import Ranks, ranks
 
 MIB = 2**20
 SHAPE = LlamaConfig(
@@ -43,6 +44,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     LlamaForCausalLM(SHAPE).to(torch.bfloat16).save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="module")
+def fresh() -> Iterator[Ranks]:
+    """Two ranks that were not forked: a model would lie in what this process has free."""
+    with ranks(2, "spawn") as group:
+        yield group
 
 
 def own_memory() -> float:
@@ -71,16 +79,16 @@ def memory_of_loading(rank: int, folder: Path, keys: dict[str, Any]) -> tuple[fl
 
 
 @pytest.mark.parametrize("mode", IN_PARTS)
-def test_a_process_holds_its_part_only(mode: str, two: Ranks, folder: Path) -> None:
-    for whole, more in two.run(memory_of_loading, folder, IN_PARTS[mode]):
+def test_a_process_holds_its_part_only(mode: str, fresh: Ranks, folder: Path) -> None:
+    for whole, more in fresh.run(memory_of_loading, folder, IN_PARTS[mode]):
         assert whole > 100
-        assert 0.3 * whole < more < 0.65 * whole
+        assert 0.45 * whole < more < 0.65 * whole
 
 
-def test_without_parts_a_process_holds_the_whole(two: Ranks, folder: Path) -> None:
-    """What the test above is measured against. Less than all of it is new: some lies in what this process had free."""
-    for whole, more in two.run(memory_of_loading, folder, {"fsdp_version": 2}):
-        assert more > 0.8 * whole
+def test_without_parts_a_process_holds_the_whole(fresh: Ranks, folder: Path) -> None:
+    """What the test above is measured against."""
+    for whole, more in fresh.run(memory_of_loading, folder, {"fsdp_version": 2}):
+        assert more > 0.95 * whole
 
 
 def gather(rank: int, folder: Path, keys: dict[str, Any], disk: Path) -> tuple[float, bool, list[str]]:
@@ -102,10 +110,10 @@ def gather(rank: int, folder: Path, keys: dict[str, Any], disk: Path) -> tuple[f
 
 @pytest.mark.parametrize("mode", IN_PARTS)
 def test_gathering_the_whole_model_takes_memory_for_one_tensor(
-    mode: str, two: Ranks, folder: Path, tmp_path: Path
+    mode: str, fresh: Ranks, folder: Path, tmp_path: Path
 ) -> None:
     largest = SHAPE.hidden_size * SHAPE.intermediate_size * 4 / MIB
-    for more, exact, left in two.run(gather, folder, IN_PARTS[mode], tmp_path):
+    for more, exact, left in fresh.run(gather, folder, IN_PARTS[mode], tmp_path):
         assert more < 4 * largest
         assert exact
         assert left == []
