@@ -120,9 +120,10 @@ def footprint(config: TrainConfig, plan: Plan, world_size: int) -> Footprint:
     backward = resident + (accumulated or gradients // share) + saved // degrees.tp // layers + gathered
     kept = 0
     if here.device.type == "cpu":
+        in_heap //= degrees.tp
         holes = _holes(model, in_heap, activations - in_heap, gathers=parts > 1)
         # Gradients that come and go with every step take the place of activations, so both are counted.
-        kept = _PROCESS + (holes if parts > 1 or accumulated else gradients)
+        kept = _PROCESS + (holes if parts > 1 or accumulated else gradients // share)
     return Footprint(
         weights=weights // share,
         gradients=gradients // share,
