@@ -1,4 +1,4 @@
-"""Predicted against measured memory of each process: `python benchmarks/footprint.py` (a model of 40M parameters).
+"""Predicted against measured memory of each process, for models of 40M and 96M: `python benchmarks/footprint.py`.
 
 Ranks are forked from a process that has imported everything; what is measured is the peak of each one's resident memory
 in a training of three steps, above what it held before the model was made; the most of all ranks and repetitions, since
@@ -12,6 +12,7 @@ import json
 import re
 import sys
 import tempfile
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from eft import inputs
 from eft.builder import HFCausalTrainerBuilder
 from eft.config.load import config_from_mapping
+from eft.data.store import as_token_dataset
 from eft.footprint import footprint
 from eft.runtime.memory import HostMemory
 from tests.distributed.cpu_shim import CpuShimTrainer
@@ -28,15 +30,17 @@ from tests.functional.reference import token_rows
 from tests.tiny import tiny_tokenizer
 from tests.tiny_models import tiny_model
 
-SHAPE = {
+_COMMON: dict[str, Any] = {
     "vocab_size": 16384,
-    "hidden_size": 512,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 8,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
     "max_position_embeddings": 4096,
 }
+SHAPES: dict[str, dict[str, Any]] = {
+    "40M": {**_COMMON, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8},
+    "96M": {**_COMMON, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 4},
+}
+"""By parameters: weights that malloc cuts out of its heap, and weights most of which have mappings of their own."""
 MODES: dict[str, dict[str, Any]] = {
     "DDP 2": {},
     "FSDP2 2": {"fsdp_version": 2},
@@ -70,60 +74,53 @@ def resident(field: str) -> int:
     return int(match[1]) * 1024
 
 
-def measure(rank: int, values: dict[str, Any], length: int) -> int:
+def measure(rank: int, shape: str, values: dict[str, Any], length: int) -> int:
     """Peak of this process's memory above what it held before, in bytes."""
     config = config_from_mapping(values)
     HostMemory().clean()
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
-    builder = HFCausalTrainerBuilder(config, tiny_model("llama", **SHAPE), tiny_tokenizer())
+    builder = HFCausalTrainerBuilder(config, tiny_model("llama", **SHAPES[shape]), tiny_tokenizer())
     builder.trainer_class = CpuShimTrainer
     builder.train_dataset = token_rows(60, longest=length // 4)
     builder.build().train()
     return resident("VmHWM") - before
 
 
+def line(shape: str, mode: str, length: int, repeats: int) -> dict[str, Any]:
+    """Predicted and measured peak of the fullest process, in MiB."""
+    peaks = []
+    with tempfile.TemporaryDirectory() as folder:
+        tiny_model("llama", **SHAPES[shape]).save_pretrained(folder)
+        values = settings(folder, length, MODES[mode])
+        config = config_from_mapping(values)
+        plan = inputs.plan_of(config, as_token_dataset(token_rows(60, longest=length // 4)), 2)
+        predicted = footprint(config, plan, 2).peak
+        for _ in range(repeats):
+            # A group of its own for each measurement: memory that malloc keeps would not be counted again.
+            with ranks(2) as group:
+                peaks.append(max(group.run(measure, shape, values, length)))
+    return {
+        "shape": shape,
+        "mode": mode,
+        "sequence_len": length,
+        "predicted_mib": round(predicted / 2**20),
+        "measured_mib": round(max(peaks) / 2**20),
+        "least_mib": round(min(peaks) / 2**20),
+        "ratio": round(predicted / max(peaks), 3),
+    }
+
+
 def main() -> None:
-    """Print one line per mode and length."""
+    """Print one line per shape, length and mode."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024])
     parser.add_argument("--repeats", type=int, default=5, help="groups of processes for each line")
     parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        tiny_model("llama", **SHAPE).save_pretrained(folder)
-        for length in options.lengths:
-            for mode in options.modes:
-                values = settings(folder, length, MODES[mode])
-                config = config_from_mapping(values)
-                rows = token_rows(60, longest=length // 4)
-                plan = inputs.plan_of(config, _dataset(rows), 2)
-                predicted = footprint(config, plan, 2)
-                peaks = []
-                for _ in range(options.repeats):
-                    # A group of its own for each measurement: memory that malloc keeps would not be counted again.
-                    with ranks(2) as group:
-                        peaks.append(max(group.run(measure, values, length)))
-                measured = max(peaks)
-                print(
-                    json.dumps(
-                        {
-                            "mode": mode,
-                            "sequence_len": length,
-                            "predicted_mib": round(predicted.peak / 2**20),
-                            "measured_mib": round(measured / 2**20),
-                            "least_mib": round(min(peaks) / 2**20),
-                            "ratio": round(predicted.peak / measured, 3),
-                        }
-                    ),
-                    flush=True,
-                )
-
-
-def _dataset(rows: list[dict[str, Any]]) -> Any:
-    from eft.data.store import as_token_dataset
-
-    return as_token_dataset(rows)
+    for shape, length, mode in product(options.shapes, options.lengths, options.modes):
+        print(json.dumps(line(shape, mode, length, options.repeats)), flush=True)
 
 
 if __name__ == "__main__":

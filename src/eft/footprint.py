@@ -38,7 +38,11 @@ _HEAD_CHUNK = 1 << 29
 
 _PROCESS = 88 << 20
 """Kernels, threads and gloo's buffers: what a process takes beside its tensors once it trains."""
-_HOLES_IN_HEAP = 0.53
+_ROWS_SHORTER = 0.98
+"""Rows so much shorter than the longest are the rule: tensors of the longest that are just above malloc's limit lie in
+its heap when they are of those."""
+_HOLES_IN_HEAP = 0.56
+_HOLES_WITH_GRADIENTS = 0.12
 _HOLES_IN_MAPPINGS = {False: 0.15, True: 0.35}
 _HOLES_BY_WEIGHTS = {False: 0.25, True: 0.6}
 _HOLES_OF_SHORT_ROWS = {False: 0.0, True: 1.5}
@@ -123,7 +127,8 @@ def footprint(config: TrainConfig, plan: Plan, world_size: int) -> Footprint:
         in_heap //= degrees.tp
         holes = _holes(model, in_heap, activations - in_heap, gathers=parts > 1)
         # Gradients that come and go with every step take the place of activations, so both are counted.
-        kept = _PROCESS + (holes if parts > 1 or accumulated else gradients // share)
+        beside_gradients = gradients // share + int(_HOLES_WITH_GRADIENTS * in_heap)
+        kept = _PROCESS + (holes if parts > 1 or accumulated else beside_gradients)
     return Footprint(
         weights=weights // share,
         gradients=gradients // share,
@@ -185,7 +190,7 @@ def _longest_micro_batch(plan: Plan, config: TrainConfig, degrees: Degrees) -> t
 
 def _saved_bytes(model: PreTrainedModel, tokens: int, config: TrainConfig, dtype: torch.dtype) -> tuple[int, int]:
     """What autograd keeps of the decoder's forward pass over a row of `tokens`, weights apart; and what of it is in
-    tensors so small that malloc's heap holds them."""
+    tensors so small that malloc's heap holds them, of this row or of one a little shorter."""
     base = base_of(model)
     layers = int(base.config.get_text_config().num_hidden_layers)
     ids = torch.zeros((1, tokens), dtype=torch.int64, device="meta")
@@ -203,7 +208,7 @@ def _saved_bytes(model: PreTrainedModel, tokens: int, config: TrainConfig, dtype
         mask = torch.zeros((1, 1, 1, 1), device="meta")
         base.get_decoder()(input_ids=ids, position_ids=ids, attention_mask=mask, use_cache=False)
     sizes = [int(tensor.untyped_storage().nbytes()) for tensor in saved.values()]
-    total, in_heap = sum(sizes), sum(size for size in sizes if size < HostMemory.MAPPED_FROM)
+    total, in_heap = sum(sizes), sum(size for size in sizes if size * _ROWS_SHORTER < HostMemory.MAPPED_FROM)
     if dtype != torch.float32:
         # Autocast keeps the operands of its products in half the bytes, and a cast copy of the weights.
         total = total // 2 + sum(parameter.numel() * dtype.itemsize for parameter in model.parameters())

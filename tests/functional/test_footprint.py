@@ -46,7 +46,8 @@ def test_ddp_holds_its_gradients_twice_and_shards_hold_a_part(model_folder: Call
 def test_what_malloc_keeps_is_of_a_processs_own_part(model_folder: Callable[[str], Path]) -> None:
     folder = model_folder("llama")
     (one, _), (part, _) = predict(folder, 1), predict(folder, 2, tensor_parallel_size=2, global_batch_size=1)
-    assert one.kept - part.kept == one.gradients - part.gradients == one.gradients // 2
+    assert one.gradients - part.gradients == one.gradients // 2
+    assert 0 <= one.kept - part.kept - one.gradients // 2 < one.activations // 8
 
 
 WAYS: list[tuple[int, dict[str, Any]]] = [(1, {}), (2, {}), (2, {"fsdp_version": 2})]
