@@ -41,13 +41,14 @@ _PROCESS = 88 << 20
 _ROWS_SHORTER = 0.98
 """Rows so much shorter than the longest are the rule: tensors of the longest that are just above malloc's limit lie in
 its heap when they are of those."""
-_HOLES_IN_HEAP = 0.56
-_HOLES_WITH_GRADIENTS = 0.12
-_HOLES_IN_MAPPINGS = {False: 0.15, True: 0.35}
-_HOLES_BY_WEIGHTS = {False: 0.25, True: 0.6}
-_HOLES_OF_SHORT_ROWS = {False: 0.0, True: 1.5}
-"""Fitted: bytes held beyond each byte of activations, by whether malloc cuts their tensors out of its heap, and beyond
-each byte of small parameters, with rows and at the least; by whether FSDP2 gathers layers meanwhile."""
+_HOLES = {
+    "gathering": (0.36, 0.23, 0.3, 1.0),
+    "accumulating": (0.78, 0.1, 0.24, 0.0),
+    "plain": (0.32, 0.12, 0.71, 0.0),
+}
+"""Fitted: bytes held beyond each byte of activations in malloc's heap, of those in mappings of their own, of gradients
+and of parameters in the heap; where FSDP2 gathers layers, else where gradients wait for the next micro-batch, else
+where they come and go."""
 
 
 @dataclass(frozen=True)
@@ -107,12 +108,12 @@ def footprint(config: TrainConfig, plan: Plan, world_size: int) -> Footprint:
     here = Environment.detect()
     precision = resolve_precision(config, here)
     saved, in_heap = _saved_bytes(model, tokens, config, precision.compute_dtype)
-    head = _head_bytes(model, trained, precision.compute_dtype)
     weights = sum(parameter.nbytes for parameter in model.parameters())
     gradients = gradient_bytes(model)
     state = optimizer_state_bytes(lambda module: build_optimizer(config, module, seed=config.seed), model)
     parts = degrees.dp_shard * degrees.cp if degrees.sharded else 1
     share = parts * degrees.tp
+    head = _head_bytes(model, trained, precision.compute_dtype, in_parts=parts > 1)
     gathered = _gathered_bytes(model) // degrees.tp if parts > 1 else 0
     buckets = gradients if parts == 1 and degrees.gradient_ranks > 1 else 0
     resident = (weights + buckets + state) // share
@@ -124,11 +125,9 @@ def footprint(config: TrainConfig, plan: Plan, world_size: int) -> Footprint:
     backward = resident + (accumulated or gradients // share) + saved // degrees.tp // layers + gathered
     kept = 0
     if here.device.type == "cpu":
+        how = "gathering" if parts > 1 else "accumulating" if accumulated else "plain"
         in_heap //= degrees.tp
-        holes = _holes(model, in_heap, activations - in_heap, gathers=parts > 1)
-        # Gradients that come and go with every step take the place of activations, so both are counted.
-        beside_gradients = gradients // share + int(_HOLES_WITH_GRADIENTS * in_heap)
-        kept = _PROCESS + (holes if parts > 1 or accumulated else beside_gradients)
+        kept = _PROCESS + _holes(how, in_heap, activations - in_heap, gradients // share, _small(model))
     return Footprint(
         weights=weights // share,
         gradients=gradients // share,
@@ -143,15 +142,15 @@ def footprint(config: TrainConfig, plan: Plan, world_size: int) -> Footprint:
     )
 
 
-def _holes(model: PreTrainedModel, in_heap: int, mapped: int, *, gathers: bool) -> int:
-    """Fitted: what rows of other lengths left free in malloc's heap, and does not fit the tensors of this one.
+def _holes(how: str, *num_bytes: int) -> int:
+    """What malloc keeps of rows of other lengths, by `_HOLES`: it does not fit the tensors of this one."""
+    return int(sum(part * count for part, count in zip(_HOLES[how], num_bytes, strict=True)))
 
-    Of tensors that have mappings of their own (`HostMemory.map_large_blocks`) it is what the backward pass adds.
-    """
+
+def _small(model: nn.Module) -> int:
+    """Bytes of parameters that lie in malloc's heap (`HostMemory.map_large_blocks`)."""
     sizes = (parameter.nbytes for parameter in model.parameters())
-    small = sum(size for size in sizes if size < HostMemory.MAPPED_FROM)
-    of_rows = _HOLES_IN_HEAP * in_heap + _HOLES_IN_MAPPINGS[gathers] * mapped + _HOLES_BY_WEIGHTS[gathers] * small
-    return int(max(of_rows, _HOLES_OF_SHORT_ROWS[gathers] * small))
+    return sum(size for size in sizes if size < HostMemory.MAPPED_FROM)
 
 
 def _meta_model(config: TrainConfig) -> PreTrainedModel:
@@ -219,11 +218,16 @@ def _saved_bytes(model: PreTrainedModel, tokens: int, config: TrainConfig, dtype
     return total, in_heap
 
 
-def _head_bytes(model: PreTrainedModel, trained: int, dtype: torch.dtype) -> int:
-    """The loss's own: hidden states and their gradient, a chunk of logits, the gradient of the head's weight."""
+def _head_bytes(model: PreTrainedModel, trained: int, dtype: torch.dtype, *, in_parts: bool) -> int:
+    """The loss's own: hidden states and their gradient, a chunk of logits, the gradient of the head's weight.
+
+    A head that FSDP2 has wrapped is differentiated by autograd (`loss.linear.module_cross_entropy`): a chunk's logits
+    and their gradient lie side by side.
+    """
     head = base_of(model).get_output_embeddings()
     rows, hidden = head.weight.shape
-    chunk = min(trained * rows * dtype.itemsize, _HEAD_CHUNK if head.weight.requires_grad else _HEAD_CHUNK // 4)
+    most = _HEAD_CHUNK if head.weight.requires_grad and not in_parts else _HEAD_CHUNK // 4
+    chunk = min(trained * rows * dtype.itemsize, most) * (1 + in_parts)
     of_weight = head.weight.numel() * 4 if head.weight.requires_grad else 0
     return int(2 * trained * hidden * 4 + chunk + of_weight)
 
