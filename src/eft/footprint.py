@@ -42,13 +42,14 @@ _ROWS_SHORTER = 0.98
 """Rows so much shorter than the longest are the rule: tensors of the longest that are just above malloc's limit lie in
 its heap when they are of those."""
 _HOLES = {
-    "gathering": (0.36, 0.23, 0.3, 1.0),
-    "accumulating": (0.78, 0.1, 0.24, 0.0),
-    "plain": (0.32, 0.12, 0.71, 0.0),
+    (False, False): (0.45, 0.0, 0.57, 0.21),
+    (False, True): (0.5, 0.37, 0.3, 0.28),
+    (True, False): (0.46, 0.2, 0.1, 0.85),
+    (True, True): (0.3, 0.53, 0.3, 0.94),
 }
 """Fitted: bytes held beyond each byte of activations in malloc's heap, of those in mappings of their own, of gradients
-and of parameters in the heap; where FSDP2 gathers layers, else where gradients wait for the next micro-batch, else
-where they come and go."""
+and of parameters in the heap. By whether FSDP2 gathers layers meanwhile, and whether gradients wait for the next
+micro-batch: else they come and go."""
 
 
 @dataclass(frozen=True)
@@ -125,9 +126,9 @@ def footprint(config: TrainConfig, plan: Plan, world_size: int) -> Footprint:
     backward = resident + (accumulated or gradients // share) + saved // degrees.tp // layers + gathered
     kept = 0
     if here.device.type == "cpu":
-        how = "gathering" if parts > 1 else "accumulating" if accumulated else "plain"
+        how = (parts > 1, accumulated > 0)
         in_heap //= degrees.tp
-        kept = _PROCESS + _holes(how, in_heap, activations - in_heap, gradients // share, _small(model))
+        kept = _PROCESS + _holes(how, in_heap, activations - in_heap, gradients // share, _small(model) // degrees.tp)
     return Footprint(
         weights=weights // share,
         gradients=gradients // share,
@@ -142,7 +143,7 @@ def footprint(config: TrainConfig, plan: Plan, world_size: int) -> Footprint:
     )
 
 
-def _holes(how: str, *num_bytes: int) -> int:
+def _holes(how: tuple[bool, bool], *num_bytes: int) -> int:
     """What malloc keeps of rows of other lengths, by `_HOLES`: it does not fit the tensors of this one."""
     return int(sum(part * count for part, count in zip(_HOLES[how], num_bytes, strict=True)))
 
