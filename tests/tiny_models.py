@@ -148,7 +148,7 @@ def tiny_model(
 
 
 def _check_tied(model: PreTrainedModel) -> None:
-    """Two runs of all tests had a model here that was not; what tying depends on is shown."""
+    """Two threads that load models at once leave transformers unable to tie any; what tying depends on is shown."""
     head = model.get_output_embeddings()
     assert head is None or head.weight is model.get_input_embeddings().weight, (
         f"not tied: {type(model).__name__}, {PreTrainedModel.tie_weights}, {type(model).tie_weights}, "

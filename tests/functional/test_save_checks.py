@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from eft import run
 from eft.core.errors import PromiseBroken
@@ -28,14 +29,21 @@ Children = list[str]
 
 @pytest.fixture
 def children(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Children:
-    """The fresh process is this one, which need not import for ten seconds; names of what it was asked to load."""
+    """The fresh process is this one, which need not import for ten seconds; names of what it was asked to load.
+
+    While it loads, transformers puts a function of its own in place of `PreTrainedModel.tie_weights`. Two threads at
+    once would leave that there: no model of a later test would be tied.
+    """
     asked: Children = []
+    one_at_a_time = threading.Lock()
+    monkeypatch.setattr(PreTrainedModel, "tie_weights", PreTrainedModel.tie_weights)  # and so it is afterwards
 
     def run_child(folder: Path, ids: list[int]) -> tuple[dict[str, Tensor] | None, str]:
         asked.append(folder.name)
         out = tmp_path / f"child-{len(asked)}.safetensors"
         try:
-            verify_child(folder, ids, out)
+            with one_at_a_time:
+                verify_child(folder, ids, out)
         except Exception as error:
             return None, repr(error)
         return load_file(out), ""
