@@ -42,10 +42,10 @@ _ROWS_SHORTER = 0.98
 """Rows so much shorter than the longest are the rule: tensors of the longest that are just above malloc's limit lie in
 its heap when they are of those."""
 _HOLES = {
-    (False, False): (0.45, 0.0, 0.57, 0.21),
-    (False, True): (0.5, 0.37, 0.3, 0.28),
-    (True, False): (0.46, 0.2, 0.1, 0.85),
-    (True, True): (0.3, 0.53, 0.3, 0.94),
+    (False, False): (0.0, 0.16, 0.7, 0.7),
+    (False, True): (0.2, 0.48, 0.4, 0.6),
+    (True, False): (0.12, 0.3, 0.3, 1.27),
+    (True, True): (0.37, 0.5, 0.26, 0.86),
 }
 """Fitted: bytes held beyond each byte of activations in malloc's heap, of those in mappings of their own, of gradients
 and of parameters in the heap. By whether FSDP2 gathers layers meanwhile, and whether gradients wait for the next
