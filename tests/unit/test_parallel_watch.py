@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from datetime import timedelta
 
 import pytest
 from torch.distributed import HashStore
@@ -35,6 +36,19 @@ def test_a_neighbour_that_falls_silent_is_named_with_the_line_it_was_at() -> Non
     )
     assert "Rank 0 is at " in said[0]
     assert silent == [77]
+
+
+def test_the_first_sign_is_given_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a process that is stopped before its first sign neither the line nor the process id would be known."""
+    monkeypatch.setattr("eft.parallel.watch.BEAT_S", 600.0)
+    store = HashStore()
+    signs = StallWatch(store, 0, 2, 600.0, lambda *message: None)
+    signs.start()
+    store.wait(["eft/alive/0/0"], timedelta(seconds=10))
+    _, place, pid = json.loads(store.get("eft/alive/0/0"))
+    signs.stop()
+    assert ".py:" in place
+    assert pid == os.getpid()
 
 
 def test_neighbours_that_answer_or_have_said_goodbye_are_left_alone() -> None:

@@ -81,7 +81,8 @@ class StallWatch:
         heard, heard_at, place, pid = "", time.monotonic(), "", None
         beat = 0
         try:
-            while not self._over.wait(BEAT_S):
+            # The first sign at once: a process that stops within a second has still said where it was and its id.
+            while beat == 0 or not self._over.wait(BEAT_S):
                 beat += 1
                 self._store.set(_key(self._rank), json.dumps([beat, place_of(self._main_thread), os.getpid()]))
                 sign = self._neighbours_sign()
