@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import random
+import re
 import signal
 import sys
 import tempfile
@@ -48,6 +49,8 @@ NPROC = 2
 EPOCHS = 3
 TIMEOUT_S = 600.0
 MOMENTS = ("starting", "training", "saving")
+_REPORTED = re.compile(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+)")
+"""What torchrun logs of a failed attempt."""
 _TIMES = ("time", "runtime", "per_second", "seconds")
 _NOT_COMPARED = (STATE_FILE, PROGRESS_FILE, "adapter_config.json")
 """Files of a checkpoint with times in them, of which the first repeats the logged numbers; with names in any order."""
@@ -185,14 +188,32 @@ def launch_forked(config: Path, output: Path, plan: Plan) -> Steps:
             os.kill(launcher, signal.SIGKILL)
     text = log.read_text(errors="replace")
     _check_end(code, text)
-    if text.count("failed (exitcode: ") != len(plan.landed) or text.count("(exitcode: -9)") < len(plan.landed):
-        raise Broken(f"{len(plan.landed)} kills, and other failures\n{text[-3000:]}")
+    check_causes(plan.landed, text, notes.folder)
     return notes.steps()
 
 
 def _check_end(code: int, text: str) -> None:
     if code:
         raise Broken(f"exit code {code}\n{text[-3000:]}")
+
+
+def check_causes(landed: list[Blow], text: str, logs: Path) -> None:
+    """Each failed attempt was killed, and nothing failed that did not follow from it.
+
+    torchrun reports one rank per attempt. Whoever loses its connection to a killed one may end before torchrun looks.
+    """
+    reported = [(int(code), int(rank)) for code, rank in _REPORTED.findall(text)]
+    left = {
+        (int(path.parts[-3].rpartition("_")[2]), int(path.parts[-2])): json.loads(path.read_text())["message"]
+        for path in logs.glob("*/attempt_*/*/error.json")
+    }
+    killed = {(attempt, blow.victim) for attempt, blow in enumerate(landed)}
+    strange = [f"rank {rank}: exit code {code}" for code, rank in reported if code not in (-signal.SIGKILL, 1)]
+    for (attempt, rank), message in left.items():
+        if (attempt, rank) in killed or not message.get("eft", {}).get("followed"):
+            strange.append(f"attempt {attempt}, rank {rank}: {message}")
+    if strange or len(reported) != len(landed):
+        raise Broken("\n".join([f"{len(landed)} kills, {len(reported)} failed attempts", *strange, text[-3000:]]))
 
 
 def _be_launcher(notes: Notes, blows: list[Blow], output: Path, arguments: list[str]) -> int:
