@@ -20,6 +20,8 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
+from eft.parallel.watch import end_with_launcher
+
 ANSWER_S = 240.0
 
 
@@ -30,9 +32,10 @@ class RankError(AssertionError):
 class Ranks:
     """The processes of one group."""
 
-    def __init__(self, world_size: int, method: str = "fork") -> None:
+    def __init__(self, world_size: int, method: str = "fork", answer_s: float = ANSWER_S) -> None:
         """`method` "spawn": processes that know nothing of this one; they take seconds to import everything."""
         self.world_size = world_size
+        self._answer_s = answer_s
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -53,9 +56,9 @@ class Ranks:
             pipe.send((work, arguments))
         answers = []
         for rank, pipe in enumerate(self._pipes):
-            if not pipe.poll(ANSWER_S):
+            if not pipe.poll(self._answer_s):
                 self.close()
-                raise RankError(f"rank {rank} has not answered for {ANSWER_S} s")
+                raise RankError(f"rank {rank} has not answered for {self._answer_s} s")
             answers.append(pipe.recv())
         errors = [f"rank {rank}:\n{text}" for rank, (text, _) in enumerate(answers) if text]
         if errors:
@@ -70,9 +73,9 @@ class Ranks:
 
 
 @contextmanager
-def ranks(world_size: int, method: str = "fork") -> Iterator[Ranks]:
-    """Ranks that end with the block."""
-    group = Ranks(world_size, method)
+def ranks(world_size: int, method: str = "fork", answer_s: float = ANSWER_S) -> Iterator[Ranks]:
+    """Ranks that end with the block, or with this process."""
+    group = Ranks(world_size, method, answer_s)
     try:
         yield group
     finally:
@@ -84,6 +87,7 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size)
     )
     torch.set_num_threads(1)
+    end_with_launcher()
     # accelerate 1.15 asks for HSDP's mesh in a way that torch 2.13 would rather not see.
     warnings.filterwarnings("ignore", message="Slicing a flattened dim")
     # Ours are not changed in place.

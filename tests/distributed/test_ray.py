@@ -204,18 +204,20 @@ def test_too_many_workers_are_refused(cluster: None, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.slow
 def test_the_command_stops_with_a_checkpoint_and_continues(tmp_path: Path) -> None:
-    config = write_run(tmp_path, max_steps=30)
+    # Hundreds of steps after the checkpoint: they take seconds, and a signal's way to the workers up to one.
+    config = write_run(tmp_path, max_steps=600, save_steps=150, eval_steps=150)
     job = start_ray_job(config)
-    wait_for_checkpoint(tmp_path / "out", 4)
+    wait_for_checkpoint(tmp_path / "out", 150)
     assert len(workers(job.process.pid)) == 2
     kill(job.process.pid, signal.SIGTERM)
     code, text = job.end()
     assert code == 128 + signal.SIGTERM, text
     assert "the same command continues" in text
+    assert len(losses(tmp_path / "out")) < 600
     code, text = start_ray_job(config).end()
     assert code == EXIT_OK, text
     assert "Continuing the unfinished run" in text
-    assert len(losses(tmp_path / "out")) == 30
+    assert len(losses(tmp_path / "out")) == 600
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,28 +28,34 @@ Children = list[str]
 
 
 @pytest.fixture
-def children(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Children:
+def children(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Children]:
     """The fresh process is this one, which need not import for ten seconds; names of what it was asked to load.
 
-    While it loads, transformers puts a function of its own in place of `PreTrainedModel.tie_weights`. Two threads at
-    once would leave that there: no model of a later test would be tied.
+    While a model is loaded, transformers puts a function of its own in place of `PreTrainedModel.tie_weights`. A thread
+    that loads beside this one would leave that there: no model of a later test would be tied. So they take turns.
     """
     asked: Children = []
-    one_at_a_time = threading.Lock()
-    monkeypatch.setattr(PreTrainedModel, "tie_weights", PreTrainedModel.tie_weights)  # and so it is afterwards
+    plain, load, turn = PreTrainedModel.tie_weights, PreTrainedModel.from_pretrained.__func__, threading.RLock()
+
+    def load_in_turn(cls: type[PreTrainedModel], *arguments: Any, **keywords: Any) -> Any:
+        with turn:
+            return load(cls, *arguments, **keywords)
+
+    monkeypatch.setattr(PreTrainedModel, "tie_weights", plain)  # and so it is for the tests after this one
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(load_in_turn))
 
     def run_child(folder: Path, ids: list[int]) -> tuple[dict[str, Tensor] | None, str]:
         asked.append(folder.name)
         out = tmp_path / f"child-{len(asked)}.safetensors"
         try:
-            with one_at_a_time:
-                verify_child(folder, ids, out)
+            verify_child(folder, ids, out)
         except Exception as error:
             return None, repr(error)
         return load_file(out), ""
 
     monkeypatch.setattr(verify_export, "_run_child", run_child)
-    return asked
+    yield asked
+    assert PreTrainedModel.tie_weights is plain
 
 
 def saves_of(out: Path) -> list[dict[str, Any]]:
