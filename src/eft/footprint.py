@@ -20,6 +20,7 @@ from transformers.integrations.sdpa_attention import repeat_kv
 from eft.config.root import TrainConfig
 from eft.data.balance import bin_costs, share_step
 from eft.data.plan import Plan
+from eft.loss.linear import CHUNK_BYTES, plain_linear
 from eft.models.adapters import apply_adapter, apply_freezing, set_dtypes
 from eft.models.attention import base_of
 from eft.models.load import check_causal_lm, describe_model
@@ -32,9 +33,6 @@ from eft.runtime.memory import HostMemory
 
 _TRACED = "eft_footprint"
 _MEASURED_STEPS = 256
-_HEAD_CHUNK = 1 << 29
-"""`loss.linear` holds so many bytes of logits at once, or fewer."""
-
 
 _PROCESS = 88 << 20
 """Kernels, threads and gloo's buffers: what a process takes beside its tensors once it trains."""
@@ -42,10 +40,10 @@ _ROWS_SHORTER = 0.98
 """Rows so much shorter than the longest are the rule: tensors of the longest that are just above malloc's limit lie in
 its heap when they are of those."""
 _HOLES = {
-    (False, False): (0.0, 0.16, 0.7, 0.7),
-    (False, True): (0.2, 0.48, 0.4, 0.6),
-    (True, False): (0.12, 0.3, 0.3, 1.27),
-    (True, True): (0.37, 0.5, 0.26, 0.86),
+    (False, False): (0.0, 0.15, 0.63, 0.57),
+    (False, True): (0.56, 0.45, 0.19, 0.0),
+    (True, False): (0.5, 0.18, 0.49, 0.18),
+    (True, True): (0.5, 0.35, 0.7, 0.4),
 }
 """Fitted: bytes held beyond each byte of activations in malloc's heap, of those in mappings of their own, of gradients
 and of parameters in the heap. By whether FSDP2 gathers layers meanwhile, and whether gradients wait for the next
@@ -222,14 +220,16 @@ def _saved_bytes(model: PreTrainedModel, tokens: int, config: TrainConfig, dtype
 def _head_bytes(model: PreTrainedModel, trained: int, dtype: torch.dtype, *, in_parts: bool) -> int:
     """The loss's own: hidden states and their gradient, a chunk of logits, the gradient of the head's weight.
 
-    A head that FSDP2 has wrapped is differentiated by autograd (`loss.linear.module_cross_entropy`): a chunk's logits
-    and their gradient lie side by side.
+    A head that FSDP2 or an adapter has wrapped is differentiated by autograd (`loss.linear.module_cross_entropy`): a
+    chunk's logits and their gradient lie side by side.
     """
     head = base_of(model).get_output_embeddings()
     rows, hidden = head.weight.shape
-    most = _HEAD_CHUNK if head.weight.requires_grad and not in_parts else _HEAD_CHUNK // 4
-    chunk = min(trained * rows * dtype.itemsize, most) * (1 + in_parts)
-    of_weight = head.weight.numel() * 4 if head.weight.requires_grad else 0
+    trains = head.weight.requires_grad
+    by_autograd = in_parts or plain_linear(head) is None
+    most = CHUNK_BYTES if trains and not by_autograd else CHUNK_BYTES // 4
+    chunk = min(trained * rows * dtype.itemsize, most) * (2 if by_autograd else 1)
+    of_weight = head.weight.numel() * 4 if trains else 0
     return int(2 * trained * hidden * 4 + chunk + of_weight)
 
 

@@ -14,6 +14,7 @@ from eft.footprint import _PROCESS, Footprint, footprint
 from eft.inputs import plan_of
 from eft.parallel.plan import Degrees
 from tests.functional.reference import token_rows
+from tests.tiny import tiny_tokenizer
 
 
 def predict(folder: Path, world_size: int, **keys: Any) -> tuple[Footprint, Degrees]:
@@ -43,6 +44,22 @@ def test_ddp_holds_its_gradients_twice_and_shards_hold_a_part(model_folder: Call
     assert shards.gathered > 0
     for held in (one, copies, shards):
         assert held.peak >= held.weights + held.optimizer + held.buckets + held.gathered + held.activations + held.kept
+
+
+def test_a_head_that_autograd_goes_through_holds_logits_and_their_gradient(
+    model_folder: Callable[[str], Path],
+) -> None:
+    folder = model_folder("llama")
+    copies, shards = (predict(folder, 2, **keys)[0] for keys in ({}, {"fsdp_version": 2}))
+    more = shards.activations - copies.activations
+    a_row = len(tiny_tokenizer()) * 4  # of fp32 logits
+    assert more % a_row == 0
+    assert 0 < more // a_row <= shards.tokens
+    plain, headed = (
+        predict(folder, 1, adapter="lora", lora_r=2, lora_target_modules=modules)[0]
+        for modules in (["q_proj"], ["q_proj", "lm_head"])
+    )
+    assert headed.activations - plain.activations >= more
 
 
 def test_what_malloc_keeps_is_of_a_processs_own_part(model_folder: Callable[[str], Path]) -> None:

@@ -51,7 +51,7 @@ TWO_MICRO_BATCHES = cut(4, 2, packed=True)
 def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same losses in chunks of about 13 tokens, worked on in blocks of 3."""
     if request.param == "small chunks":
-        monkeypatch.setattr(linear, "_CHUNK_BYTES", 13 * VOCAB_SIZE * 4)
+        monkeypatch.setattr(linear, "CHUNK_BYTES", 13 * VOCAB_SIZE * 4)
         monkeypatch.setattr(linear, "_FIRST_ROWS", 5)
         monkeypatch.setattr(linear, "_VOCABULARY_BLOCK", 50)
         monkeypatch.setattr(objectives, "_BLOCK_ELEMENTS_CPU", 3 * VOCAB_SIZE)
@@ -239,7 +239,7 @@ def test_logits_are_never_whole(
 ) -> None:
     """In training and evaluation; the products of the head run under autocast, for the model is called through it."""
     rows_at_once = 40  # more than the hidden size: a product with the head's weight may be as large
-    monkeypatch.setattr(linear, "_CHUNK_BYTES", rows_at_once * VOCAB_SIZE * (2 if bf16 else 4))
+    monkeypatch.setattr(linear, "CHUNK_BYTES", rows_at_once * VOCAB_SIZE * (2 if bf16 else 4))
     rows = token_rows(8, longest=32)  # of longer ones an attention tile may be as wide as this vocabulary
     trainer = make_trainer(rows, rows, **{**cut(8, 1, packed=True), "bf16": bf16})
     counts = [sum(label != IGNORE_INDEX for label in row["labels"][1:]) for row in rows]

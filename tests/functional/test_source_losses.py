@@ -181,7 +181,7 @@ def test_sums_of_groups_add_up_and_change_nothing(weighted: bool, with_head: str
     import eft.loss.linear as linear
     import eft.loss.objectives as objectives
 
-    monkeypatch.setattr(linear, "_CHUNK_BYTES", 4 * 50 * 11)  # several chunks, of several blocks
+    monkeypatch.setattr(linear, "CHUNK_BYTES", 4 * 50 * 11)  # several chunks, of several blocks
     monkeypatch.setattr(objectives, "_BLOCK_ELEMENTS_CPU", 3 * 50)
     torch.manual_seed(0)
     hidden = torch.randn(31, 8, requires_grad=True)

@@ -29,7 +29,7 @@ def plain_loss(hidden: Tensor, head: nn.Linear, targets: Tensor, weights: Tensor
 def test_no_further_from_fp64_than_plain_torch(
     dtype: torch.dtype, chunk_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(linear, "_CHUNK_BYTES", chunk_rows * VOCABULARY * 2)
+    monkeypatch.setattr(linear, "CHUNK_BYTES", chunk_rows * VOCABULARY * 2)
     torch.manual_seed(0)
     head = nn.Linear(HIDDEN, VOCABULARY, bias=False, device="cuda")
     hidden = (2 * torch.randn(ROWS, HIDDEN, device="cuda")).requires_grad_()
@@ -49,7 +49,7 @@ def test_no_further_from_fp64_than_plain_torch(
 
 
 def test_peak_memory_is_bounded_by_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "_CHUNK_BYTES", 1 << 20)
+    monkeypatch.setattr(linear, "CHUNK_BYTES", 1 << 20)
     head = nn.Linear(HIDDEN, VOCABULARY, bias=False, device="cuda", dtype=torch.bfloat16)
     hidden = torch.randn(1 << 15, HIDDEN, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     targets = torch.randint(0, VOCABULARY, (len(hidden),), device="cuda")

@@ -71,7 +71,7 @@ def assert_close(ours: list[Tensor], theirs: list[Tensor], limit: float = 1e-6) 
 
 @pytest.fixture(params=[1, 20_000, 1 << 29], ids=["row by row", "uneven chunks", "one chunk"])
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(linear, "_CHUNK_BYTES", request.param)
+    monkeypatch.setattr(linear, "CHUNK_BYTES", request.param)
     monkeypatch.setattr(linear, "_FIRST_ROWS", 7)
     monkeypatch.setattr(linear, "_VOCABULARY_BLOCK", 100)
     monkeypatch.setattr(objectives, "_BLOCK_ELEMENTS_CPU", 1000)
@@ -193,7 +193,7 @@ def test_products_run_in_the_dtype_of_autocast(kind: Any) -> None:
 @pytest.mark.parametrize("kind", [nn.Linear, Doubtful])
 @pytest.mark.parametrize("training", [True, False])
 def test_the_logits_never_exist(kind: Any, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "_CHUNK_BYTES", 50 * VOCABULARY * 4)
+    monkeypatch.setattr(linear, "CHUNK_BYTES", 50 * VOCABULARY * 4)
     monkeypatch.setattr(linear, "_FIRST_ROWS", 10)
     case, head = Case.drawn(), kind(HIDDEN, VOCABULARY)
     with Products() as record, torch.set_grad_enabled(training):

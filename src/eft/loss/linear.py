@@ -29,7 +29,7 @@ from eft.loss.objectives import (
     weighted_sum,
 )
 
-_CHUNK_BYTES = 1 << 29
+CHUNK_BYTES = 1 << 29
 """Logits of one chunk of rows, in the dtype of the matrix products, where the weight has a gradient.
 
 A chunk costs one pass over that gradient, so few are better. Without it a quarter is as fast.
@@ -147,7 +147,7 @@ def _linear_chunks(
 ) -> list[Tensor | None]:
     """Adds all losses to `rows`; the gradients of hidden, weight and bias where wanted, each in the input's dtype."""
     of_hidden = torch.empty_like(hidden) if wanted[0] else None
-    limit = _CHUNK_BYTES if wanted[1] else _CHUNK_BYTES // 4
+    limit = CHUNK_BYTES if wanted[1] else CHUNK_BYTES // 4
     chunks = list(_chunks(len(hidden), limit // (len(weight) * dtype.itemsize)))
     of_weight = _Accumulated(weight, len(chunks)) if wanted[1] else None
     of_bias = torch.zeros_like(bias, dtype=arithmetic_dtype(dtype)) if bias is not None and wanted[2] else None
@@ -267,7 +267,7 @@ def module_cross_entropy(hidden: Tensor, head: Callable[[Tensor], Tensor], rows:
 
 def _following(chunk: slice, outputs: Tensor, rows: int) -> slice:
     """The chunk after `chunk`. How wide its rows are is known from the first one's."""
-    most = max(1, _CHUNK_BYTES // 4 // (outputs.shape[1] * outputs.element_size()))
+    most = max(1, CHUNK_BYTES // 4 // (outputs.shape[1] * outputs.element_size()))
     return slice(chunk.stop, min(chunk.stop + most, rows))
 
 
