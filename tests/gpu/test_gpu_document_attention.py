@@ -8,10 +8,7 @@ from torch import Tensor, nn
 
 from eft.models import document_attention as kernels
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 BOUNDS = [0, 33, 34, 200, 233]
 
 

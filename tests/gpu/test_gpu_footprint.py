@@ -17,11 +17,7 @@ from tests.functional.reference import token_rows
 from tests.tiny import tiny_tokenizer
 from tests.tiny_models import tiny_model
 
-pytestmark = [
-    pytest.mark.gpu,
-    # What is compared is the peak that CUDA's allocator counts; on the CPU the benchmark reads the process's memory.
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="only CUDA's allocator counts its peak"),
-]
+pytestmark = pytest.mark.gpu
 _HEADS: dict[str, Any] = {"num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 4096}
 
 

@@ -10,10 +10,7 @@ from torch.nn import functional as F
 from eft.loss import linear
 from eft.loss.linear import head_loss
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 ROWS, HIDDEN, VOCABULARY = 400, 64, 5000
 
 
