@@ -139,6 +139,8 @@ def versions() -> dict[str, str]:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
+    # The build too (`+cpu`, `+cu130`), which the metadata of PyPI's own wheel does not tell.
+    found["torch"] = str(torch.__version__)
     if torch.version.cuda is not None:
         found["cuda"] = torch.version.cuda
     return found
