@@ -204,7 +204,7 @@ class HFCausalTrainerBuilder:
     def _first_callbacks(self, parts: TrainerParts, batch: BatchPlan, precision: Precision) -> list[TrainerCallback]:
         """What happens before all else: hooks of the optimizer, the preflight; after a step a look at all dtypes."""
         weights = {torch.float32, precision.compute_dtype} if precision.pure else {torch.float32}
-        announced = Announced(frozenset(weights), OPTIMIZERS[self.config.optimizer].state)
+        announced = Announced(frozenset(weights), OPTIMIZERS[self.config.optimizer].state, precision.compute_dtype)
         callbacks: list[TrainerCallback] = [DtypeLedger(announced, self.outcome.promises)]
         if isinstance(parts.optimizer, UpdatesInBackward):
             callbacks.append(AttachUpdates(parts.optimizer))

@@ -117,6 +117,17 @@ def test_an_evaluation_counts_every_row_once_on_any_number_of_ranks(two: Ranks, 
             assert len(got.evals) == 3
 
 
+@pytest.mark.parametrize("mode", [mode for mode, (size, _, _) in MODES.items() if size == 2])
+def test_bf16_is_the_autocast_of_one_process(mode: str, two: Ranks, tmp_path: Path) -> None:
+    """From equal weights; later losses differ by roundings of bf16. The run itself looks at the dtype of a product."""
+    keys = {"bf16": True, "max_steps": 2}
+    expected, plain = alone("llama", **keys), alone("llama", max_steps=2)
+    got = two.run(train, "llama", settings(tmp_path, **MODES[mode][2], **keys))[0]
+    # Under tensor parallelism the parts of a sum are rounded.
+    assert got.losses[0] == pytest.approx(expected.losses[0], rel=1e-3 if mode.startswith("TP") else 1e-6)
+    assert expected.losses[0] != pytest.approx(plain.losses[0], rel=1e-5), "bf16 computes something else"
+
+
 @pytest.mark.parametrize("mode", ["FSDP2 2", pytest.param("FSDP2 2 in parts", marks=pytest.mark.slow)])
 def test_the_weights_of_an_evaluation_are_not_those_of_the_next_step(mode: str, two: Ranks, tmp_path: Path) -> None:
     """FSDP2 keeps the head whole after a forward pass that no backward follows, here one with averaged weights."""

@@ -37,9 +37,9 @@ def ledger_of(trainer: Any) -> Any:
     ("keys", "words"),
     [
         ({}, ["trained weights float32", "gradients float32", "optimizer state float32", "loss sum float32"]),
-        ({"bf16": True}, ["trained weights float32", "gradients float32", "buffers float32"]),
+        ({"bf16": True}, ["trained weights float32", "gradients float32", "buffers float32", "products bfloat16"]),
         ({"bfloat16": True, "bf16": "auto", "gradient_accumulation_steps": 1}, ["gradients bfloat16", "state float32"]),
-        ({"bfloat16": True, "bf16": "auto"}, ["trained weights bfloat16", "gradients float32"]),
+        ({"bfloat16": True, "bf16": "auto"}, ["trained weights bfloat16", "gradients float32", "products bfloat16"]),
         ({"optimizer": "sgd"}, ["trained weights float32", "gradients float32"]),
         ({"gradient_accumulation_steps": 1, "optimizer_in_backward": True, "max_grad_norm": 0.0}, ["state float32"]),
         ({"optimizer": "muon", "weight_average": "ema"}, ["optimizer state float32"]),
@@ -61,10 +61,10 @@ def test_an_eight_bit_state_is_in_the_ledger(make_trainer: MakeTrainer) -> None:
     assert "uint8" in ledger_of(trainer).detail
 
 
-@pytest.mark.parametrize("planted", ["buffer", "state"])
+@pytest.mark.parametrize("planted", ["buffer", "state", "no autocast"])
 def test_a_surprise_stops_the_run_by_name(planted: str, make_trainer: MakeTrainer) -> None:
     model = tiny_model("llama")
-    trainer: Any = make_trainer(model=model, **SHORT)
+    trainer: Any = make_trainer(model=model, bf16=planted == "no autocast", **SHORT)
 
     class Plant(TrainerCallback):
         """Comes before the ledger."""
@@ -74,11 +74,14 @@ def test_a_surprise_stops_the_run_by_name(planted: str, make_trainer: MakeTraine
 
     if planted == "buffer":
         model.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq.bfloat16()
+    elif planted == "no autocast":
+        trainer.accelerator.native_amp = False  # which is what wraps the forward pass
     else:
         trainer.callback_handler.callbacks.insert(0, Plant())
     what = {
         "buffer": "buffers of model.rotary_emb.inv_freq: bfloat16, announced float32 or float64",
         "state": "optimizer state of model.norm.weight/extra: bfloat16, announced float32",
+        "no autocast": "products of the output head: float32, announced bfloat16",
     }
     with pytest.raises(PromiseBroken, match=f"dtypes .*{what[planted]}"):
         trainer.train()

@@ -1,4 +1,4 @@
-"""Which dtype everything of a training has: weights, gradients, optimizer state, buffers, sums; and what it should be.
+"""Which dtype weights, gradients, optimizer state, buffers, sums and products of a training have, and should have.
 
 Looked at after the first step, on the live tensors. Precision lost in silence (fp16 where bf16 was asked for, a bf16
 rotary table, state that fell back to fp32) changes no curve that anybody would notice.
@@ -6,7 +6,7 @@ rotary table, state that fell back to fp32) changes no curve that anybody would 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from eft.core.records import PromiseResult
 
-TITLE = "weights, gradients, optimizer state, buffers and sums have the dtypes that were announced"
+TITLE = "weights, gradients, optimizer state, buffers, sums and products have the dtypes that were announced"
 _NAMED = 4
 _ROTARY = "inv_freq"
 _BLOCK = 4096
@@ -50,6 +50,8 @@ class Announced:
     """Of trained weights: fp32; for pure bf16 also bf16."""
     state: str
     """Key of `STATE_DTYPES`."""
+    products: torch.dtype
+    """Of matrix products: autocast's, or that of the weights."""
 
 
 def dtype_entries(model: nn.Module, optimizer: Optimizer, loss: Tensor | None = None) -> Iterator[Entry]:
@@ -85,10 +87,18 @@ def plain_tensors(value: Tensor) -> list[Tensor]:
 
 
 def check_dtypes(
-    model: nn.Module, optimizer: Optimizer, announced: Announced, loss: Tensor | None = None
+    model: nn.Module,
+    optimizer: Optimizer,
+    announced: Announced,
+    loss: Tensor | None = None,
+    products: Mapping[str, torch.dtype] | None = None,
 ) -> PromiseResult:
-    """The ledger as one line, and every surprise by name; call it after a step, before its gradients are dropped."""
+    """The ledger as one line, and every surprise by name; call it after a step, before its gradients are dropped.
+
+    `products`: what modules gave in that step's forward pass, by their names.
+    """
     entries = list(dtype_entries(model, optimizer, loss))
+    entries += [Entry("products", name, dtype, 1) for name, dtype in (products or {}).items()]
     faults = [*_surprises(model, entries, announced)]
     numbers = {"tensors": float(len(entries)), "surprises": float(len(faults))}
     detail = "; ".join([*faults[:_NAMED], *([f"{len(faults) - _NAMED} more"] if len(faults) > _NAMED else [])])
@@ -108,7 +118,7 @@ def ledger_line(entries: Iterable[Entry]) -> str:
     )
 
 
-_ORDER = ("trained weights", "frozen weights", "gradients", "optimizer state", "buffers", "loss sum")
+_ORDER = ("trained weights", "frozen weights", "gradients", "optimizer state", "buffers", "loss sum", "products")
 
 
 def _surprises(model: nn.Module, entries: list[Entry], announced: Announced) -> Iterator[str]:
@@ -122,6 +132,8 @@ def _surprises(model: nn.Module, entries: list[Entry], announced: Announced) -> 
             expected = {sums[entry.name]}
         elif entry.part == "optimizer state":
             expected = allowed
+        elif entry.part == "products":
+            expected = {announced.products}
         elif entry.part == "loss sum" or (entry.part == "buffers" and entry.name.endswith(_ROTARY)):
             expected = {torch.float32, torch.float64}
         if expected is not None and entry.dtype not in expected:

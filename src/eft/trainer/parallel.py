@@ -23,6 +23,10 @@ class DistributedParallelMixin(TrainerHooks):
         self, max_steps: int, train_dataloader: DataLoader[Any], resume_from_checkpoint: str | None
     ) -> tuple[nn.Module, DataLoader[Any]]:
         """Upstream's; under DeepSpeed it would look for DeepSpeed's own checkpoint, and ours is like any other."""
+        if self.accelerator.is_fsdp2:
+            # accelerate wraps the forward pass in autocast, but not for FSDP2: there it would have FSDP2's own policy
+            # round the weights before they are gathered, norms and router too, which one process does not.
+            self.accelerator.prepare_model(self.model, device_placement=False, evaluation_mode=True)
         ours = resume_from_checkpoint if self.is_deepspeed_enabled else None
         theirs = None if self.is_deepspeed_enabled else resume_from_checkpoint
         prepared: tuple[nn.Module, DataLoader[Any]]
