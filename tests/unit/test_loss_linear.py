@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -304,6 +305,14 @@ def test_adapters_on_the_head(name: str, tied: bool) -> None:
     assert len(pairs) >= (2 if name != "trainable tokens" or tied else 1)
     assert_close([one for one, _ in pairs], [other for _, other in pairs])
     assert (plain_linear(head) is None) == (name in ("lora", "dora") or (name == "trainable tokens" and tied))
+
+
+def test_a_head_that_fsdp2_has_gathered_is_multiplied() -> None:
+    """FSDP2 gives modules a class of their own; one of a subclass of nn.Linear still computes something else."""
+    for kind, expected in ((nn.Linear, True), (Doubtful, False)):
+        head: Any = kind(HIDDEN, VOCABULARY)
+        head.__class__ = type(f"FSDP{kind.__name__}", (FSDPModule, kind), {})
+        assert (plain_linear(head) is head) == expected
 
 
 def test_the_disabled_copy_is_not_multiplied() -> None:

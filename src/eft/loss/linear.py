@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.fsdp import FSDPModule
 
 from eft.loss.objectives import (
     NLL,
@@ -81,8 +82,11 @@ def plain_linear(head: nn.Module) -> nn.Linear | None:
         if head.disable_adapters or len(active) > 1:
             return None
         head = head.modules_to_save[active[0]] if active else head.original_module
-    # A subclass, a quantised weight or a replaced forward computes something else.
-    if type(head) is not nn.Linear or "forward" in vars(head):
+    # A subclass, a quantised weight or a replaced forward computes something else. FSDP2's differs in its hooks, which
+    # have run: the weight is there as a whole.
+    if not isinstance(head, nn.Linear) or "forward" in vars(head):
+        return None
+    if type(head) is not nn.Linear and type(head).__bases__ != (FSDPModule, nn.Linear):
         return None
     return head if type(head.weight) in (Tensor, nn.Parameter) else None
 
