@@ -23,6 +23,7 @@ from eft.builder import HFCausalTrainerBuilder
 from eft.config.load import config_from_mapping
 from eft.data.store import as_token_dataset
 from eft.footprint import footprint
+from eft.models.adapters import apply_adapter
 from eft.runtime.memory import HostMemory
 from tests.distributed.cpu_shim import CpuShimTrainer
 from tests.distributed.ranks import ranks
@@ -59,11 +60,18 @@ SHAPES = {
 ROWS, STEPS = 300, 6
 """Enough rows for nine steps of the four micro-batches that both processes train on when they accumulate."""
 ANSWER_S = 1800.0
+_LORA = {"adapter": "lora", "lora_r": 16, "lora_target_linear": True}
 MODES: dict[str, dict[str, Any]] = {
     "DDP 2": {},
     "FSDP2 2": {"fsdp_version": 2},
     "DDP 2, accumulating": {"global_batch_size": 4},
     "FSDP2 2, accumulating": {"fsdp_version": 2, "global_batch_size": 4},
+    "DDP 2, LoRA": _LORA,
+    "FSDP2 2, LoRA": {**_LORA, "fsdp_version": 2},
+    "DDP 2, recomputing": {"gradient_checkpointing": True},
+    "FSDP2 2, recomputing": {"gradient_checkpointing": True, "fsdp_version": 2},
+    "DDP 2, bf16": {"bf16": True},
+    "FSDP2 2, bf16": {"bf16": True, "fsdp_version": 2},
 }
 
 
@@ -98,7 +106,8 @@ def measure(rank: int, shape: str, values: dict[str, Any], length: int) -> int:
     HostMemory().clean()
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
-    builder = HFCausalTrainerBuilder(config, tiny_model("llama", **SHAPES[shape]), tiny_tokenizer())
+    model = apply_adapter(tiny_model("llama", **SHAPES[shape]), config, seed=config.seed)
+    builder = HFCausalTrainerBuilder(config, model, tiny_tokenizer())
     builder.trainer_class = CpuShimTrainer
     builder.train_dataset = token_rows(ROWS, longest=length // 4)
     builder.build().train()

@@ -1,21 +1,19 @@
 """What each process of a run will hold at its fullest moment, from the config alone: no weights are read.
 
-Weights, gradients and optimizer state are counted on a model of the meta device; activations are what autograd saves
-in a forward pass of the longest row there. The moments compared are the end of the forward pass and of the backward.
+Weights, gradients and optimizer state are counted on a model of the meta device; activations are what autograd would
+save in a forward pass of the longest row. Of a step's moments the fullest counts.
 It is an estimate: on the CPU what malloc keeps is fitted to measured processes (`benchmarks/footprint.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.integrations.sdpa_attention import repeat_kv
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from eft.config.root import TrainConfig
 from eft.data.balance import bin_costs, share_step
@@ -25,13 +23,13 @@ from eft.models.adapters import apply_adapter, apply_freezing, set_dtypes
 from eft.models.attention import base_of
 from eft.models.load import check_causal_lm, describe_model
 from eft.models.location import resolve_location
+from eft.models.saved_tensors import saved_sizes
 from eft.optim.optimizers import build_optimizer
 from eft.optim.state_size import gradient_bytes, optimizer_state_bytes
 from eft.parallel.plan import Degrees, batch_of
 from eft.runtime.env import Environment, resolve_precision
 from eft.runtime.memory import HostMemory
 
-_TRACED = "eft_footprint"
 _MEASURED_STEPS = 256
 
 _PROCESS = 88 << 20
@@ -106,39 +104,94 @@ def footprint(config: TrainConfig, plan: Plan, world_size: int) -> Footprint:
     tokens, trained = -(-tokens // degrees.cp), -(-trained // degrees.cp)
     here = Environment.detect()
     precision = resolve_precision(config, here)
-    saved, in_heap = _saved_bytes(model, tokens, config, precision.compute_dtype)
+    parts = degrees.dp_shard * degrees.cp if degrees.sharded else 1
+    share = parts * degrees.tp
     weights = sum(parameter.nbytes for parameter in model.parameters())
     gradients = gradient_bytes(model)
     state = optimizer_state_bytes(lambda module: build_optimizer(config, module, seed=config.seed), model)
-    parts = degrees.dp_shard * degrees.cp if degrees.sharded else 1
-    share = parts * degrees.tp
-    head = _head_bytes(model, trained, precision.compute_dtype, in_parts=parts > 1)
-    gathered = _gathered_bytes(model) // degrees.tp if parts > 1 else 0
     buckets = gradients if parts == 1 and degrees.gradient_ranks > 1 else 0
-    resident = (weights + buckets + state) // share
     # Between micro-batches FSDP2 keeps gradients whole, and shards them after the last one.
-    accumulated = gradients // degrees.tp if batch_of(config, world_size).accumulation > 1 else 0
-    layers = base_of(model).config.get_text_config().num_hidden_layers
-    activations = saved // degrees.tp + head
-    forward = resident + accumulated + activations + gathered
-    backward = resident + (accumulated or gradients // share) + saved // degrees.tp // layers + gathered
+    waiting = gradients // degrees.tp if batch_of(config, world_size).accumulation > 1 else 0
+    sizes = saved_sizes(model, tokens, precision.autocast_dtype if precision.autocast else None)
+    saved = _Saved.of(sizes, model, tokens, recomputed=config.gradient_checkpointing).divided_by(degrees.tp)
+    head = _head_bytes(model, trained, precision.compute_dtype)
+    embedding, output = (nbytes // degrees.tp for nbytes in _ends(model))
+    of_embedding = embedding // parts if base_of(model).get_input_embeddings().weight.requires_grad else 0
+    # Gathered: a weight and the buffer it came in; at the end a gradient, what is sent, and gloo's copy of that.
+    gathered_head, gathered_end, pair = 0, 0, 0
+    if parts > 1:
+        gathered_head, pair = 2 * output, _two_layers(model) // degrees.tp
+        gathered_end = (3 if here.device.type == "cpu" else 2) * embedding
+    moments = [
+        _Moment("the loss", waiting, saved.held + head, gathered_head),
+        _Moment("the last layer's backward pass", waiting, saved.held + saved.again + head // 2, pair),
+        _Moment("the first layer's backward pass", waiting or gradients // share - of_embedding, saved.of_layer, pair),
+        _Moment("the end of the backward pass", waiting or gradients // share, 0, gathered_end),
+    ]
+    fullest = max(moments, key=lambda moment: moment.total)
     kept = 0
     if here.device.type == "cpu":
-        how = (parts > 1, accumulated > 0)
-        in_heap //= degrees.tp
-        kept = _PROCESS + _holes(how, in_heap, activations - in_heap, gradients // share, _small(model) // degrees.tp)
+        loss = moments[0]
+        small = _small(model) // degrees.tp
+        how = (parts > 1, waiting > 0)
+        kept = _PROCESS + _holes(how, saved.in_heap, loss.activations - saved.in_heap, gradients // share, small)
     return Footprint(
         weights=weights // share,
         gradients=gradients // share,
         buckets=buckets // share,
         optimizer=state // share,
-        activations=activations,
-        gathered=gathered,
+        activations=fullest.activations,
+        gathered=fullest.gathered,
         kept=kept,
-        peak=max(forward, backward) + kept,
+        peak=(weights + buckets + state) // share + fullest.total + kept,
         tokens=tokens,
         checkpoint=_saved_weights(model) + state,
     )
+
+
+@dataclass(frozen=True)
+class _Moment:
+    """Of a step; beside weights, buckets and optimizer state, which are always there."""
+
+    name: str
+    gradients: int
+    activations: int
+    gathered: int
+
+    @property
+    def total(self) -> int:
+        return self.gradients + self.activations + self.gathered
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """Bytes that autograd keeps."""
+
+    held: int
+    """From the forward to the backward pass."""
+    again: int
+    """Of one layer that is computed again; 0 where none is."""
+    of_layer: int
+    """In the backward pass of one layer, when all others are done."""
+    in_heap: int
+    """Of `held`: in tensors so small that malloc's heap holds them, of this row or of one a little shorter."""
+
+    @classmethod
+    def of(cls, sizes: Sequence[int], model: PreTrainedModel, tokens: int, *, recomputed: bool) -> _Saved:
+        """Out of the `sizes` of all that a forward pass would keep without recomputation."""
+        text = base_of(model).config.get_text_config()
+        layers, total = int(text.num_hidden_layers), sum(sizes)
+        in_heap = sum(size for size in sizes if size * _ROWS_SHORTER < HostMemory.MAPPED_FROM)
+        if not recomputed:
+            return cls(total, 0, total // layers, in_heap)
+        an_input = tokens * int(text.hidden_size) * 4
+        # While a layer is computed again and differentiated, gradients of its widest tensors are on their way.
+        layer = total // layers + 2 * max(sizes)
+        return cls(layers * an_input, layer, layer + an_input, in_heap // layers)
+
+    def divided_by(self, count: int) -> _Saved:
+        """One of so many equal parts."""
+        return _Saved(self.held // count, self.again // count, self.of_layer // count, self.in_heap // count)
 
 
 def _holes(how: tuple[bool, bool], *num_bytes: int) -> int:
@@ -186,60 +239,36 @@ def _longest_micro_batch(plan: Plan, config: TrainConfig, degrees: Degrees) -> t
     return best
 
 
-def _saved_bytes(model: PreTrainedModel, tokens: int, config: TrainConfig, dtype: torch.dtype) -> tuple[int, int]:
-    """What autograd keeps of the decoder's forward pass over a row of `tokens`, weights apart; and what of it is in
-    tensors so small that malloc's heap holds them, of this row or of one a little shorter."""
-    base = base_of(model)
-    layers = int(base.config.get_text_config().num_hidden_layers)
-    ids = torch.zeros((1, tokens), dtype=torch.int64, device="meta")
-    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-    saved: dict[int, Tensor] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            saved[storage._cdata] = tensor
-        return tensor
-
-    with _traced_attention(base), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        # A prebuilt mask is taken as it is; without one the values of the positions are looked at.
-        mask = torch.zeros((1, 1, 1, 1), device="meta")
-        base.get_decoder()(input_ids=ids, position_ids=ids, attention_mask=mask, use_cache=False)
-    sizes = [int(tensor.untyped_storage().nbytes()) for tensor in saved.values()]
-    total, in_heap = sum(sizes), sum(size for size in sizes if size * _ROWS_SHORTER < HostMemory.MAPPED_FROM)
-    if dtype != torch.float32:
-        # Autocast keeps the operands of its products in half the bytes, and a cast copy of the weights.
-        total = total // 2 + sum(parameter.numel() * dtype.itemsize for parameter in model.parameters())
-        in_heap //= 2
-    if config.gradient_checkpointing:
-        inputs = int(layers * tokens * base.config.get_text_config().hidden_size * 4)
-        return inputs + total // layers, in_heap // layers
-    return total, in_heap
-
-
-def _head_bytes(model: PreTrainedModel, trained: int, dtype: torch.dtype, *, in_parts: bool) -> int:
+def _head_bytes(model: PreTrainedModel, trained: int, dtype: torch.dtype) -> int:
     """The loss's own: hidden states and their gradient, a chunk of logits, the gradient of the head's weight.
 
-    A head that FSDP2 or an adapter has wrapped is differentiated by autograd (`loss.linear.module_cross_entropy`): a
-    chunk's logits and their gradient lie side by side.
+    A head that an adapter has wrapped is differentiated by autograd (`loss.linear.module_cross_entropy`): a chunk's
+    logits and their gradient lie side by side.
     """
     head = base_of(model).get_output_embeddings()
     rows, hidden = head.weight.shape
     trains = head.weight.requires_grad
-    by_autograd = in_parts or plain_linear(head) is None
+    by_autograd = plain_linear(head) is None
     most = CHUNK_BYTES if trains and not by_autograd else CHUNK_BYTES // 4
     chunk = min(trained * rows * dtype.itemsize, most) * (2 if by_autograd else 1)
     of_weight = head.weight.numel() * 4 if trains else 0
-    return int(2 * trained * hidden * 4 + chunk + of_weight)
+    cast = head.weight.numel() * dtype.itemsize if head.weight.dtype != dtype else 0
+    return int(2 * trained * hidden * 4 + chunk + of_weight + cast)
 
 
-def _gathered_bytes(model: PreTrainedModel) -> int:
-    """Embedding and head, and two decoder layers: one at work, with its gradients, and one on its way."""
+def _ends(model: PreTrainedModel) -> tuple[int, int]:
+    """Bytes of the embedding and of the head; both where one is the other."""
+    base = base_of(model)
+    modules = (base.get_input_embeddings(), base.get_output_embeddings())
+    embedding, head = (sum(parameter.nbytes for parameter in module.parameters()) for module in modules)
+    return embedding, head
+
+
+def _two_layers(model: PreTrainedModel) -> int:
+    """What FSDP2 gathers of decoder layers: one at work, with its gradients, and one on its way."""
     base = base_of(model)
     layers = [module for module in base.modules() if type(module).__name__ in (base._no_split_modules or ())]
-    largest = max((_bytes_of_two(layer) for layer in layers), default=0)
-    ends = {id(module): module for module in (base.get_input_embeddings(), base.get_output_embeddings())}
-    return largest + sum(int(parameter.nbytes) for module in ends.values() for parameter in module.parameters())
+    return max((_bytes_of_two(layer) for layer in layers), default=0)
 
 
 def _bytes_of_two(layer: nn.Module) -> int:
@@ -253,37 +282,3 @@ def _saved_weights(model: nn.Module) -> int:
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     is_adapter = any("lora_" in name for name, _ in model.named_parameters())
     return sum(parameter.nbytes for parameter in (trained if is_adapter else parameters))
-
-
-class _KeptByAttention(torch.autograd.Function):
-    """Has the shape of attention and keeps what its kernels keep: queries, keys, values, output, one number a row."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        output = query.new_empty((*query.shape[:-1], value.shape[-1]))
-        ctx.save_for_backward(query, key, value, output, query.new_empty(query.shape[:-1]))
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
-        raise AssertionError("only the forward pass is traced")
-
-
-def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
-) -> tuple[Tensor, None]:
-    groups = query.shape[1] // key.shape[1]
-    output = _KeptByAttention.apply(query, repeat_kv(key, groups), repeat_kv(value, groups))  # type: ignore[no-untyped-call]  # torch's has no types
-    return output.transpose(1, 2).contiguous(), None
-
-
-@contextmanager
-def _traced_attention(base: PreTrainedModel) -> Iterator[None]:
-    before = base.config._attn_implementation
-    AttentionInterface.register(_TRACED, _attention)
-    AttentionMaskInterface.register(_TRACED, lambda *args, **kwargs: None)
-    base.set_attn_implementation(_TRACED)
-    try:
-        yield
-    finally:
-        base.set_attn_implementation(before)

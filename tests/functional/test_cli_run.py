@@ -180,6 +180,18 @@ def test_plan_counts_without_a_model(eft: Eft, config: Path) -> None:
     assert "tokens per step" in text
 
 
+@pytest.mark.parametrize(
+    ("family", "words"),
+    [("qwen3_moe", "at the peak of a step"), ("bloom", "not estimated: BloomForCausalLM without its numbers")],
+)
+def test_plan_tells_the_memory_of_each_process_or_why_not(
+    family: str, words: str, eft: Eft, config: Path, model_folder: Callable[[str], Path]
+) -> None:
+    code, out, _ = eft("plan", config, "--world-size", 2, f"base_model={model_folder(family)}", "sample_packing=false")
+    assert code == 0
+    assert words in " ".join(out.split())
+
+
 def test_preprocess_shows_what_is_trained(eft: Eft, config: Path) -> None:
     code, out, _ = eft("preprocess", config, "--show", 1)
     assert code == 0

@@ -32,6 +32,7 @@ def plan(
     from eft.data.plan import Plan
     from eft.footprint import footprint
     from eft.models.cost import attention_cost_ratio
+    from eft.models.saved_tensors import CannotTrace
     from eft.optim.schedulers import learning_rates
     from eft.parallel.plan import Degrees, batch_of
     from eft.report.terminal import curve, quantities_table
@@ -44,8 +45,12 @@ def plan(
     steps = inputs.any_plan_of(settings, meta.train_dataset, world_size)
     flow = make_flow(flow_rules(settings), steps.epoch_ends, steps.total_steps, meta.eval_dataset is not None)
     balance = held = None
+    unknown = "not estimated with DeepSpeed" if degrees.zero else ""
     if isinstance(steps, Plan) and not degrees.zero:
-        held = footprint(settings, steps, world_size)
+        try:
+            held = footprint(settings, steps, world_size)
+        except CannotTrace as reason:
+            unknown = f"not estimated: {reason}"
     if degrees.dp > 1 and isinstance(steps, Plan):
         per_rank = batch_of(settings, world_size).accumulation * settings.micro_batch_size
         balance = expected_balance(steps, attention_cost_ratio(settings), degrees.dp, per_rank)
@@ -59,6 +64,6 @@ def plan(
         typer.echo(json.dumps({**steps.summary(), **extra}, indent=2))
         return
     rows = plan_rows(settings, steps, flow, meta, world_size, balance)
-    unknown = [("memory of each", "not estimated with DeepSpeed")] if degrees.zero else []
-    console.print(quantities_table("Plan", rows + (held.rows(degrees) if held is not None else unknown)))
+    rows += held.rows(degrees) if held is not None else [("memory of each", unknown)] if unknown else []
+    console.print(quantities_table("Plan", rows))
     console.print(curve("learning rate", learning_rates(settings, steps.total_steps)))
