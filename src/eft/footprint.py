@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from eft.config.root import TrainConfig
@@ -106,7 +106,11 @@ def footprint(config: TrainConfig, plan: Plan, world_size: int) -> Footprint:
     precision = resolve_precision(config, here)
     parts = degrees.dp_shard * degrees.cp if degrees.sharded else 1
     share = parts * degrees.tp
+    quantised = _quantised(model, config)
     weights = sum(parameter.nbytes for parameter in model.parameters())
+    weights -= sum(layer.weight.nbytes - _packed_bytes(layer.weight, config) for layer in quantised)
+    for layer in quantised:
+        layer.weight.data = layer.weight.data.to(precision.compute_dtype)  # autocast makes no copy that is kept
     gradients = gradient_bytes(model)
     state = optimizer_state_bytes(lambda module: build_optimizer(config, module, seed=config.seed), model)
     buckets = gradients if parts == 1 and degrees.gradient_ranks > 1 else 0
@@ -220,6 +224,29 @@ def _meta_model(config: TrainConfig) -> PreTrainedModel:
         model = apply_adapter(model, config, seed=config.seed)
     set_dtypes(model, pure_bf16=config.bfloat16)
     return model.train()
+
+
+def _quantised(model: PreTrainedModel, config: TrainConfig) -> list[nn.Linear]:
+    """The layers that bitsandbytes will pack: frozen linear ones, the head apart."""
+    if not (config.load_in_4bit or config.load_in_8bit):
+        return []
+    base = base_of(model)
+    head, skipped = base.get_output_embeddings(), (config.bnb_config_kwargs or {}).get("llm_int8_skip_modules") or []
+    return [
+        module
+        for name, module in base.named_modules()
+        if type(module) is nn.Linear and module is not head and not module.weight.requires_grad
+        if not any(part in name for part in skipped)
+    ]
+
+
+def _packed_bytes(weight: Tensor, config: TrainConfig) -> int:
+    """Of a quantised matrix: in 8 bits one fp32 scale a row, in 4 bits one for every 64 numbers, itself in 8 bits."""
+    if config.load_in_8bit:
+        return weight.numel() + 4 * len(weight)
+    twice = (config.bnb_config_kwargs or {}).get("bnb_4bit_use_double_quant", True)
+    blocks = -(-weight.numel() // 64)
+    return weight.numel() // 2 + (blocks + 4 * (-(-blocks // 256)) if twice else 4 * blocks)
 
 
 def _longest_micro_batch(plan: Plan, config: TrainConfig, degrees: Degrees) -> tuple[int, int]:

@@ -7,17 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from eft.config.load import config_from_mapping
+from eft.config.root import TrainConfig
 from eft.data.store import as_token_dataset
 from eft.footprint import _PROCESS, Footprint, footprint
 from eft.inputs import plan_of
+from eft.models.adapters import apply_adapter
+from eft.models.load import load_model
 from eft.parallel.plan import Degrees
 from tests.functional.reference import token_rows
 from tests.tiny import tiny_tokenizer
 
 
-def predict(folder: Path, world_size: int, **keys: Any) -> tuple[Footprint, Degrees]:
+def config_of(folder: Path, world_size: int, **keys: Any) -> TrainConfig:
     values = {
         "base_model": str(folder),
         "datasets": [{"path": "given"}],
@@ -29,7 +34,11 @@ def predict(folder: Path, world_size: int, **keys: Any) -> tuple[Footprint, Degr
         "bf16": False,
         **keys,
     }
-    config = config_from_mapping(values)
+    return config_from_mapping(values)
+
+
+def predict(folder: Path, world_size: int, **keys: Any) -> tuple[Footprint, Degrees]:
+    config = config_of(folder, world_size, **keys)
     plan = plan_of(config, as_token_dataset(token_rows(24)), world_size)
     return footprint(config, plan, world_size), Degrees.resolve(world_size, config)
 
@@ -77,6 +86,35 @@ def test_what_malloc_keeps_is_of_a_processs_own_part(model_folder: Callable[[str
     assert one.gradients - part.gradients == one.gradients // 2
     whole, half = (held.kept - _PROCESS for held in (one, part))
     assert whole == pytest.approx(2 * half, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "bits",
+    [
+        {"load_in_4bit": True},
+        {"load_in_4bit": True, "bnb_config_kwargs": {"bnb_4bit_use_double_quant": False}},
+        {"load_in_8bit": True, "adapter": "lora"},
+    ],
+)
+def test_a_quantised_base_is_counted_as_it_is_packed(bits: dict[str, Any], model_folder: Callable[[str], Path]) -> None:
+    pytest.importorskip("bitsandbytes", reason="the extra `qlora` is not installed")
+    keys = {"adapter": "qlora", "lora_target_linear": True, **bits}
+    folder = model_folder("qwen3")
+    config = config_of(folder, 1, **keys)
+    model = apply_adapter(load_model(config, compute_dtype=torch.float32, seed=0), config, seed=0)
+    states = [getattr(parameter, "quant_state", None) for parameter in model.parameters()]
+    found = sum(parameter.nbytes for parameter in model.parameters())
+    found += sum(tensor.nbytes for state in states if state is not None for tensor in tensors_of(state))
+    found += sum(
+        parameter.SCB.nbytes for parameter in model.parameters() if getattr(parameter, "SCB", None) is not None
+    )
+    assert predict(folder, 1, **keys)[0].weights == pytest.approx(found, rel=0.02)
+
+
+def tensors_of(state: Any) -> list[Tensor]:
+    """Scales of a 4-bit matrix, and those of the scales."""
+    inner = [state.state2.absmax] if state.nested else []
+    return [state.absmax, *inner]
 
 
 WAYS: list[tuple[int, dict[str, Any]]] = [(1, {}), (2, {}), (2, {"fsdp_version": 2})]
