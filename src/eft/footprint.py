@@ -37,15 +37,22 @@ _PROCESS = 88 << 20
 _ROWS_SHORTER = 0.98
 """Rows so much shorter than the longest are the rule: tensors of the longest that are just above malloc's limit lie in
 its heap when they are of those."""
-_HOLES = {
-    (False, False): (0.0, 0.15, 0.63, 0.57),
-    (False, True): (0.56, 0.45, 0.19, 0.0),
-    (True, False): (0.5, 0.18, 0.49, 0.18),
-    (True, True): (0.5, 0.35, 0.7, 0.4),
+_HOLES: dict[tuple[str, bool], tuple[int, float, float, float, float]] = {
+    ("plain", False): (0, 0.0, 0.15, 0.63, 0.57),
+    ("plain", True): (85 << 20, 0.0, 0.06, 0.75, 0.81),
+    ("waiting", False): (0, 0.56, 0.45, 0.19, 0.0),
+    ("waiting", True): (85 << 20, 0.44, 0.40, 0.31, 0.19),
+    ("recomputed", False): (0, 0.0, 1.68, 0.29, 0.53),
+    ("recomputed", True): (0, 0.0, 1.20, 0.66, 1.42),
+    ("autocast", False): (0, 0.14, 0.0, 0.97, 0.0),
+    ("autocast", True): (0, 0.0, 2.05, 0.88, 0.0),
+    ("adapter", False): (318 << 20, 0.0, 0.52, 0.0, 0.11),
+    ("adapter", True): (318 << 20, 0.0, 0.52, 0.0, 0.11),
 }
-"""Fitted: bytes held beyond each byte of activations in malloc's heap, of those in mappings of their own, of gradients
-and of parameters in the heap. By whether FSDP2 gathers layers meanwhile, and whether gradients wait for the next
-micro-batch: else they come and go."""
+"""Fitted, by what a run does and whether FSDP2 gathers layers meanwhile: bytes that are held in any case, and beyond
+each byte of activations in malloc's heap, of those in mappings of their own, of gradients, of the heap's parameters."""
+_MOST_OF_HEAP = 1.6
+"""The first of these numbers is at most so much of the activations in the heap: they are what breaks it up."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +127,6 @@ def footprint(config: TrainConfig, plan: Plan, world_size: int) -> Footprint:
     saved = _Saved.of(sizes, model, tokens, recomputed=config.gradient_checkpointing).divided_by(degrees.tp)
     head = _head_bytes(model, trained, precision.compute_dtype)
     embedding, output = (nbytes // degrees.tp for nbytes in _ends(model))
-    of_embedding = embedding // parts if base_of(model).get_input_embeddings().weight.requires_grad else 0
     # Gathered: a weight and the buffer it came in; at the end a gradient, what is sent, and gloo's copy of that.
     gathered_head, gathered_end, pair = 0, 0, 0
     if parts > 1:
@@ -129,16 +135,21 @@ def footprint(config: TrainConfig, plan: Plan, world_size: int) -> Footprint:
     moments = [
         _Moment("the loss", waiting, saved.held + head, gathered_head),
         _Moment("the last layer's backward pass", waiting, saved.held + saved.again + head // 2, pair),
-        _Moment("the first layer's backward pass", waiting or gradients // share - of_embedding, saved.of_layer, pair),
+        _Moment("the first layer's backward pass", waiting or gradients // share, saved.of_layer, pair),
         _Moment("the end of the backward pass", waiting or gradients // share, 0, gathered_end),
     ]
     fullest = max(moments, key=lambda moment: moment.total)
     kept = 0
     if here.device.type == "cpu":
-        loss = moments[0]
-        small = _small(model) // degrees.tp
-        how = (parts > 1, waiting > 0)
-        kept = _PROCESS + _holes(how, saved.in_heap, loss.activations - saved.in_heap, gradients // share, small)
+        held = moments[0].activations
+        kinds = {
+            "waiting": waiting > 0,
+            "recomputed": config.gradient_checkpointing,
+            "autocast": precision.autocast,
+            "adapter": config.adapter is not None,
+        }
+        numbers = saved.in_heap, held - saved.in_heap, gradients // share, _small(model) // degrees.tp
+        kept = _PROCESS + _holes([kind for kind, applies in kinds.items() if applies], parts > 1, *numbers)
     return Footprint(
         weights=weights // share,
         gradients=gradients // share,
@@ -198,9 +209,16 @@ class _Saved:
         return _Saved(self.held // count, self.again // count, self.of_layer // count, self.in_heap // count)
 
 
-def _holes(how: tuple[bool, bool], *num_bytes: int) -> int:
-    """What malloc keeps of rows of other lengths, by `_HOLES`: it does not fit the tensors of this one."""
-    return int(sum(part * count for part, count in zip(_HOLES[how], num_bytes, strict=True)))
+def _holes(kinds: list[str], sharded: bool, in_heap: int, *others: int) -> int:
+    """What malloc keeps of rows of other lengths, by `_HOLES`: it does not fit the tensors of this one. The most of
+    what each of `kinds` would keep: several at once have not been measured."""
+    return max(
+        int(
+            min(anyway, _MOST_OF_HEAP * in_heap) + sum(part * count for part, count in zip(parts, numbers, strict=True))
+        )
+        for numbers in [(in_heap, *others)]
+        for anyway, *parts in (_HOLES[kind, sharded] for kind in kinds or ["plain"])
+    )
 
 
 def _small(model: nn.Module) -> int:
