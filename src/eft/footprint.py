@@ -71,7 +71,9 @@ class Footprint:
     kept: int
     """What malloc does not give back between steps, and the process's own; 0 on an accelerator."""
     peak: int
-    """At the fuller of the two moments, with `kept`."""
+    """At the fullest moment, with `kept`."""
+    moment: str
+    """Which one that is; `activations` and `gathered` are those of it."""
     tokens: int
     """Of that micro-batch."""
     checkpoint: int
@@ -91,7 +93,10 @@ class Footprint:
         listed = " · ".join(f"{name} {_size(count)}" for name, count in parts.items() if count)
         return [
             ("processes", f"{degrees.world_size}: {degrees}"),
-            ("memory of each", f"about {_size(self.peak)} at the peak of a step, an estimate: {listed}"),
+            (
+                "memory of each",
+                f"about {_size(self.peak)} at the peak of a step ({self.moment}), an estimate: {listed}",
+            ),
             ("on the disk", f"{_size(self.checkpoint)} a checkpoint"),
         ]
 
@@ -131,7 +136,8 @@ def footprint(config: TrainConfig, plan: Plan, world_size: int) -> Footprint:
     gathered_head, gathered_end, pair = 0, 0, 0
     if parts > 1:
         gathered_head, pair = 2 * output, _two_layers(model) // degrees.tp
-        gathered_end = (3 if here.device.type == "cpu" else 2) * embedding
+        if base_of(model).get_input_embeddings().weight.requires_grad:
+            gathered_end = (3 if here.device.type == "cpu" else 2) * embedding
     moments = [
         _Moment("the loss", waiting, saved.held + head, gathered_head),
         _Moment("the last layer's backward pass", waiting, saved.held + saved.again + head // 2, pair),
@@ -159,6 +165,7 @@ def footprint(config: TrainConfig, plan: Plan, world_size: int) -> Footprint:
         gathered=fullest.gathered,
         kept=kept,
         peak=(weights + buckets + state) // share + fullest.total + kept,
+        moment=fullest.name,
         tokens=tokens,
         checkpoint=_saved_weights(model) + state,
     )

@@ -64,6 +64,7 @@ def plan(
         typer.echo(json.dumps({**steps.summary(), **extra}, indent=2))
         return
     rows = plan_rows(settings, steps, flow, meta, world_size, balance)
-    rows += held.rows(degrees) if held is not None else [("memory of each", unknown)] if unknown else []
+    if held is not None or unknown:
+        rows += held.rows(degrees) if held is not None else [("memory of each", unknown)]
     console.print(quantities_table("Plan", rows))
     console.print(curve("learning rate", learning_rates(settings, steps.total_steps)))
