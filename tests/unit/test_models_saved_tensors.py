@@ -79,3 +79,8 @@ def test_every_family_without_weights(family: str) -> None:
 def test_what_looks_at_numbers_is_named() -> None:
     with pytest.raises(CannotTrace, match="BloomForCausalLM without its numbers: ValueError"):
         saved_sizes(tiny_model("bloom"), 48)
+
+
+def test_weights_are_not_counted() -> None:
+    model = tiny_model("llama")
+    assert sum(saved_sizes(model, 2)) < sum(parameter.nbytes for parameter in model.parameters()) / 4
