@@ -216,16 +216,15 @@ class _Saved:
         return _Saved(self.held // count, self.again // count, self.of_layer // count, self.in_heap // count)
 
 
-def _holes(kinds: list[str], sharded: bool, in_heap: int, *others: int) -> int:
+def _holes(kinds: list[str], sharded: bool, *num_bytes: int) -> int:
     """What malloc keeps of rows of other lengths, by `_HOLES`: it does not fit the tensors of this one. The most of
     what each of `kinds` would keep: several at once have not been measured."""
-    return max(
-        int(
-            min(anyway, _MOST_OF_HEAP * in_heap) + sum(part * count for part, count in zip(parts, numbers, strict=True))
-        )
-        for numbers in [(in_heap, *others)]
-        for anyway, *parts in (_HOLES[kind, sharded] for kind in kinds or ["plain"])
-    )
+    kept = []
+    for kind in kinds or ["plain"]:
+        anyway, *parts = _HOLES[kind, sharded]
+        of_bytes = sum(part * count for part, count in zip(parts, num_bytes, strict=True))
+        kept.append(min(anyway, _MOST_OF_HEAP * num_bytes[0]) + of_bytes)
+    return int(max(kept))
 
 
 def _small(model: nn.Module) -> int:

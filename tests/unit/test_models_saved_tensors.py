@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from eft.models.attention import boundary_inputs, install_attention, packed_forward, packing_support
-from eft.models.saved_tensors import CannotTrace, saved_sizes
+from eft.models.saved_tensors import TracingError, saved_sizes
 from tests.tiny_models import FAMILIES, tiny_model
 
 TOKENS = 300
@@ -77,7 +77,7 @@ def test_every_family_without_weights(family: str) -> None:
 
 
 def test_what_looks_at_numbers_is_named() -> None:
-    with pytest.raises(CannotTrace, match="BloomForCausalLM without its numbers: ValueError"):
+    with pytest.raises(TracingError, match="BloomForCausalLM without its numbers: ValueError"):
         saved_sizes(tiny_model("bloom"), 48)
 
 

@@ -32,7 +32,7 @@ def plan(
     from eft.data.plan import Plan
     from eft.footprint import footprint
     from eft.models.cost import attention_cost_ratio
-    from eft.models.saved_tensors import CannotTrace
+    from eft.models.saved_tensors import TracingError
     from eft.optim.schedulers import learning_rates
     from eft.parallel.plan import Degrees, batch_of
     from eft.report.terminal import curve, quantities_table
@@ -49,7 +49,7 @@ def plan(
     if isinstance(steps, Plan) and not degrees.zero:
         try:
             held = footprint(settings, steps, world_size)
-        except CannotTrace as reason:
+        except TracingError as reason:
             unknown = f"not estimated: {reason}"
     if degrees.dp > 1 and isinstance(steps, Plan):
         per_rank = batch_of(settings, world_size).accumulation * settings.micro_batch_size

@@ -24,7 +24,7 @@ from eft.models.attention import base_of
 _TRACED = "eft_traced"
 
 
-class CannotTrace(ModelError):  # noqa: N818  # what happened
+class TracingError(ModelError):
     """The forward pass looks at numbers."""
 
 
@@ -34,7 +34,7 @@ def saved_sizes(model: PreTrainedModel, tokens: int, autocast_dtype: torch.dtype
     Weights apart, but with the copies of them that autocast makes. `model` may be on the meta device.
 
     Raises:
-        CannotTrace: the family's forward pass needs more than shapes; says what.
+        TracingError: the family's forward pass needs more than shapes; says what.
     """
     base = base_of(model)
     decoder = base.get_decoder()
@@ -61,7 +61,9 @@ def saved_sizes(model: PreTrainedModel, tokens: int, autocast_dtype: torch.dtype
                 functional_call(decoder, tensors, (), {**inputs, "use_cache": False})
         except Exception as error:
             reason = str(error).strip().partition("\n")[0]
-            raise CannotTrace(f"{type(base).__name__} without its numbers: {type(error).__name__}: {reason}") from error
+            raise TracingError(
+                f"{type(base).__name__} without its numbers: {type(error).__name__}: {reason}"
+            ) from error
     return list(sizes.values())
 
 
