@@ -8,7 +8,7 @@ It is an estimate: on the CPU what malloc keeps is fitted to measured processes 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -46,13 +46,18 @@ _HOLES: dict[tuple[str, bool], tuple[int, float, float, float, float]] = {
     ("recomputed", True): (0, 0.0, 1.20, 0.66, 1.42),
     ("autocast", False): (0, 0.14, 0.0, 0.97, 0.0),
     ("autocast", True): (0, 0.0, 2.05, 0.88, 0.0),
-    ("adapter", False): (318 << 20, 0.0, 0.52, 0.0, 0.11),
-    ("adapter", True): (318 << 20, 0.0, 0.52, 0.0, 0.11),
+    ("adapter", False): (0, 1.12, 0.73, 0.0, 0.01),
+    ("adapter", True): (123 << 20, 0.88, 0.80, 0.0, 0.42),
 }
 """Fitted, by what a run does and whether FSDP2 gathers layers meanwhile: bytes that are held in any case, and beyond
 each byte of activations in malloc's heap, of those in mappings of their own, of gradients, of the heap's parameters."""
 _MOST_OF_HEAP = 1.6
 """The first of these numbers is at most so much of the activations in the heap: they are what breaks it up."""
+_BROADCAST = 2 * (250 << 20)
+"""DDP sends the first process's weights to all others, frozen ones too, in flat copies of so many bytes: two of what
+torch calls `broadcast_bucket_size`."""
+_BROADCAST_ON_CPU = 1.5
+"""Measured: what a byte of these copies takes there."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ class Footprint:
     activations: int
     """Kept for the backward pass of the longest micro-batch, with the loss's own."""
     gathered: int
-    """Whole layers that FSDP2 holds for a moment: weights and gradients."""
+    """What is held for a moment: whole layers of FSDP2, weights and gradients; copies in which weights are sent."""
     kept: int
     """What malloc does not give back between steps, and the process's own; 0 on an accelerator."""
     peak: int
@@ -79,6 +84,14 @@ class Footprint:
     checkpoint: int
     """On the disk, weights and optimizer state."""
 
+    def or_at_start(self, copies: int, kept: int) -> Footprint:
+        """Before the first step weights are shared out, by way of so many bytes of `copies`: that, if it is more."""
+        peak = self.weights + copies + kept
+        if peak <= self.peak:
+            return self
+        at_start = replace(self, moment="the start, when weights are shared out", kept=kept, peak=peak)
+        return replace(at_start, gathered=copies, gradients=0, buckets=0, optimizer=0, activations=0)
+
     def rows(self, degrees: Degrees) -> list[tuple[str, str]]:
         """(quantity, value) to be shown."""
         parts = {
@@ -86,7 +99,7 @@ class Footprint:
             "gradients": self.gradients,
             "DDP's buckets": self.buckets,
             "optimizer": self.optimizer,
-            "gathered layers": self.gathered,
+            "weights gathered or sent": self.gathered,
             f"activations and loss of {self.tokens:,} tokens": self.activations,
             "kept by malloc on the CPU": self.kept,
         }
@@ -156,7 +169,7 @@ def footprint(config: TrainConfig, plan: Plan, world_size: int) -> Footprint:
         }
         numbers = saved.in_heap, held - saved.in_heap, gradients // share, _small(model) // degrees.tp
         kept = _PROCESS + _holes([kind for kind, applies in kinds.items() if applies], parts > 1, *numbers)
-    return Footprint(
+    held_in_steps = Footprint(
         weights=weights // share,
         gradients=gradients // share,
         buckets=buckets // share,
@@ -169,6 +182,8 @@ def footprint(config: TrainConfig, plan: Plan, world_size: int) -> Footprint:
         tokens=tokens,
         checkpoint=_saved_weights(model) + state,
     )
+    copies = _copies_at_start(weights // degrees.tp, degrees, sharded=parts > 1, on_cpu=here.device.type == "cpu")
+    return held_in_steps.or_at_start(copies, min(kept, _PROCESS))
 
 
 @dataclass(frozen=True)
@@ -214,6 +229,16 @@ class _Saved:
     def divided_by(self, count: int) -> _Saved:
         """One of so many equal parts."""
         return _Saved(self.held // count, self.again // count, self.of_layer // count, self.in_heap // count)
+
+
+def _copies_at_start(weights: int, degrees: Degrees, *, sharded: bool, on_cpu: bool) -> int:
+    """Beside one process's part of `weights`, while all get theirs; of the device that trains."""
+    if sharded:
+        # Each process has loaded the whole model into the host's memory and keeps it until its parts are cut out.
+        return weights if on_cpu and not degrees.in_parts else 0
+    if degrees.gradient_ranks == 1:
+        return 0
+    return int(min(weights, _BROADCAST) * (_BROADCAST_ON_CPU if on_cpu else 1))
 
 
 def _holes(kinds: list[str], sharded: bool, *num_bytes: int) -> int:

@@ -20,6 +20,7 @@ from eft.models.load import load_model
 from eft.parallel.plan import Degrees
 from tests.functional.reference import token_rows
 from tests.tiny import tiny_tokenizer
+from tests.tiny_models import tiny_model
 
 
 def config_of(folder: Path, world_size: int, **keys: Any) -> TrainConfig:
@@ -37,9 +38,9 @@ def config_of(folder: Path, world_size: int, **keys: Any) -> TrainConfig:
     return config_from_mapping(values)
 
 
-def predict(folder: Path, world_size: int, **keys: Any) -> tuple[Footprint, Degrees]:
+def predict(folder: Path, world_size: int, longest: int = 30, **keys: Any) -> tuple[Footprint, Degrees]:
     config = config_of(folder, world_size, **keys)
-    plan = plan_of(config, as_token_dataset(token_rows(24)), world_size)
+    plan = plan_of(config, as_token_dataset(token_rows(24, longest=longest)), world_size)
     return footprint(config, plan, world_size), Degrees.resolve(world_size, config)
 
 
@@ -66,6 +67,31 @@ def test_a_head_that_autograd_goes_through_holds_logits_and_their_gradient(
     a_row = len(tiny_tokenizer()) * 4  # of fp32 logits
     assert more % a_row == 0
     assert 0 < more // a_row <= headed.tokens
+
+
+@pytest.mark.parametrize(
+    ("shared_by", "copies"),
+    [
+        ({}, 1.5),
+        ({"fsdp_version": 2}, 1),
+        ({"fsdp_version": 2, "fsdp_config": {"cpu_ram_efficient_loading": True}}, None),
+        ({"tensor_parallel_size": 2, "global_batch_size": 1}, None),
+    ],
+)
+def test_weights_that_are_shared_out_at_the_start_may_be_the_most(
+    shared_by: dict[str, Any], copies: float | None, tmp_path: Path
+) -> None:
+    with torch.device("meta"):  # its config alone is read
+        wide = tiny_model("llama", num_hidden_layers=12, hidden_size=256, intermediate_size=10_000)
+    wide.config.save_pretrained(tmp_path)
+    config = {"adapter": "lora", "lora_target_modules": ["q_proj"], "lora_r": 2, "global_batch_size": 2, **shared_by}
+    held = predict(tmp_path, 2, longest=6, sequence_len=8, **config)[0]
+    assert held.moment.startswith("the start") == (copies is not None)
+    if copies is not None:
+        whole = held.weights * (2 if "fsdp_version" in shared_by else 1)
+        assert held.gathered == pytest.approx(copies * whole, abs=1)
+        assert held.peak == held.weights + held.gathered + _PROCESS
+        assert held.activations == held.optimizer == held.gradients == held.buckets == 0
 
 
 def test_recomputation_keeps_the_inputs_of_layers(model_folder: Callable[[str], Path]) -> None:
