@@ -1,7 +1,7 @@
 """What each process of a run will hold at its fullest moment, from the config alone: no weights are read.
 
 Weights, gradients and optimizer state are counted on a model of the meta device; activations are what autograd would
-save in a forward pass of the longest row. Of a step's moments the fullest counts.
+save in a forward pass of the longest row. Of a step's moments, and the start before them, the fullest counts.
 It is an estimate: on the CPU what malloc keeps is fitted to measured processes (`benchmarks/footprint.py`).
 """
 
@@ -43,7 +43,7 @@ _HOLES: dict[tuple[str, bool], tuple[int, float, float, float, float]] = {
     ("waiting", False): (0, 0.56, 0.45, 0.19, 0.0),
     ("waiting", True): (85 << 20, 0.44, 0.40, 0.31, 0.19),
     ("recomputed", False): (0, 1.65, 1.66, 0.0, 0.0),
-    ("recomputed", True): (0, 1.88, 1.88, 0.48, 0.0),
+    ("recomputed", True): (0, 2.35, 1.10, 0.0, 0.82),
     ("autocast", False): (0, 0.34, 0.0, 0.77, 0.0),
     ("autocast", True): (0, 0.37, 0.0, 1.88, 0.0),
     ("adapter", False): (0, 1.12, 0.73, 0.0, 0.01),
