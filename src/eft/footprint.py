@@ -108,7 +108,7 @@ class Footprint:
             ("processes", f"{degrees.world_size}: {degrees}"),
             (
                 "memory of each",
-                f"about {_size(self.peak)} at the peak of a step ({self.moment}), an estimate: {listed}",
+                f"about {_size(self.peak)} at its fullest ({self.moment}), an estimate: {listed}",
             ),
             ("on the disk", f"{_size(self.checkpoint)} a checkpoint"),
         ]
