@@ -182,7 +182,7 @@ def test_plan_counts_without_a_model(eft: Eft, config: Path) -> None:
 
 @pytest.mark.parametrize(
     ("family", "words"),
-    [("qwen3_moe", "at the peak of a step"), ("bloom", "not estimated: BloomForCausalLM without its numbers")],
+    [("qwen3_moe", "at its fullest"), ("bloom", "not estimated: BloomForCausalLM without its numbers")],
 )
 def test_plan_tells_the_memory_of_each_process_or_why_not(
     family: str, words: str, eft: Eft, config: Path, model_folder: Callable[[str], Path]
