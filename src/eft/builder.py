@@ -37,6 +37,7 @@ from eft.models.adapters import set_dtypes
 from eft.models.attention import BoundarySupport, base_of, install_attention, packing_support
 from eft.models.checkpointing import checkpointing_of, set_checkpointing
 from eft.models.compile import check_compiler, compile_layers, without_compilation
+from eft.models.experts import install_experts
 from eft.models.forward import TrainedLogits, TrainedLoss
 from eft.models.kernels import InstalledLiger, check_liger, use_liger, wanted_kernels
 from eft.models.load import describe_model
@@ -164,6 +165,7 @@ class HFCausalTrainerBuilder:
         set_dtypes(self.model, **dtypes, fp32_gradients=batch.accumulation > 1)
         set_checkpointing(self.model, checkpointing_of(config))
         set_tracker_environment(config)
+        install_experts(base_of(self.model))
         with without_compilation():
             support = self._install_attention(precision)
             loss, evaluation_loss = self._losses(support, precision)

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from eft import run
 from eft.core.errors import PromiseBroken
+from eft.models.adapters import apply_adapter
 from eft.optim.averaging import AVERAGE
 from eft.optim.schedulers import learning_rates
 from tests.functional.conftest import MakeConfig, MakeTrainer
@@ -20,6 +21,7 @@ from tests.functional.reference import token_rows
 from tests.functional.test_resume import Train, assert_same, train  # noqa: F401  # pytest looks for the fixture here
 from tests.optimizer_names import RUNNABLE
 from tests.tiny_models import tiny_model
+from tests.unit.test_models_experts import Operands
 
 HELD_OUT = token_rows(3, seed=9)
 SHORT: dict[str, Any] = {"max_steps": 3, "save_strategy": "no"}
@@ -51,6 +53,22 @@ def test_every_dtype_is_the_announced_one(keys: dict[str, Any], words: list[str]
     ledger = ledger_of(trainer)
     assert ledger.status == "pass"
     assert all(word in ledger.detail for word in words), ledger.detail
+
+
+EXPERTS = {"adapter": "lora", "lora_target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+
+
+@pytest.mark.parametrize("keys", [{}, {"gradient_checkpointing": True}, EXPERTS])
+def test_products_of_experts_are_in_bf16_too(
+    keys: dict[str, Any], make_config: MakeConfig, make_trainer: MakeTrainer
+) -> None:
+    config = make_config(bf16=True, **{**SHORT, **keys})
+    model: Any = tiny_model("qwen3_moe")
+    trainer: Any = make_trainer(model=apply_adapter(model, config, seed=0), config=config)
+    with Operands() as seen:
+        trainer.train()
+    assert seen.products > 0
+    assert seen.dtypes == {torch.bfloat16}
 
 
 @pytest.mark.skipif("adamw_8bit" not in RUNNABLE, reason="bitsandbytes is not installed")

@@ -221,9 +221,8 @@ def test_other_families_are_exact(family: str, tmp_path: Path, tokenizer: Any) -
         trainer = verification.build_exact_trainer()
         results = [check_packing(verification, trainer), check_loss(verification, trainer)]
     assert [result.status for result in results] == ["pass", "pass"], results
-    in_double = family not in ("gpt_oss", "qwen3_moe")  # torch multiplies experts in fp32 at most
-    assert all(result.detail.endswith("fp64" if in_double else "fp32") for result in results)
-    assert all(result.numbers["gradients"] < (1e-6 if in_double else 1e-5) for result in results)
+    assert all(result.detail.endswith("fp64") for result in results)
+    assert all(result.numbers["gradients"] < 1e-6 for result in results)
 
 
 def _verification(tmp_path: Path, tokenizer: Any, family: str = "llama", **keys: Any) -> Verification:

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from eft.models.attention import boundary_inputs, install_attention, packed_forward, packing_support
+from eft.models.experts import install_experts
 from eft.models.saved_tensors import TracingError, saved_sizes
 from tests.tiny_models import FAMILIES, tiny_model
 
@@ -35,6 +36,7 @@ WITHOUT_SCORES = [
 def kept(model: PreTrainedModel, autocast_dtype: torch.dtype | None) -> int:
     """Bytes, measured."""
     install_attention(model, "eft")
+    install_experts(model)
     support = packing_support(model)
     bounds = torch.tensor([0, TOKENS], dtype=torch.int32)
     row: dict[str, Any] = {

@@ -20,6 +20,7 @@ from transformers.integrations.sdpa_attention import repeat_kv
 
 from eft.core.errors import ModelError
 from eft.models.attention import base_of
+from eft.models.experts import in_autocast_dtype
 
 _TRACED = "eft_traced"
 
@@ -109,6 +110,7 @@ def _attention(
 
 def _experts(module: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
     """As transformers' `grouped_mm`: every token's row once for each of its experts; all experts' weights at once."""
+    module = in_autocast_dtype(module, hidden.device)
     rows = hidden[torch.arange(chosen.numel()) // chosen.shape[-1]]
     inner = _product(module, rows, module.gate_up_proj if module.has_gate else module.up_proj)
     inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)

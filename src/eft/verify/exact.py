@@ -21,6 +21,7 @@ from eft.core.constants import IGNORE_INDEX
 from eft.core.records import TokenSample
 from eft.models.attention import base_of
 from eft.models.compile import without_compilation
+from eft.models.experts import eager_experts, install_experts
 from eft.models.quantised import plain_layers
 
 GRADIENT_FLOOR = 1e-3
@@ -44,7 +45,7 @@ class Limits:
 
 
 LIMITS = {torch.float64: Limits(1e-5, 1e-6, 1e-5), torch.float32: Limits(1e-4, 1e-5, 1e-3)}
-"""By the dtype of the comparison; fp32 where fp64 does not fit into memory or lacks a kernel (experts)."""
+"""By the dtype of the comparison; fp32 where fp64 does not fit into memory or lacks a kernel."""
 
 
 def limits_of(model: nn.Module) -> Limits:
@@ -117,6 +118,7 @@ def _in_fp64(model: nn.Module) -> Iterator[None]:
 def _widen(model: nn.Module) -> None:
     """All weights and buffers to fp64; to fp32 where that needs too much memory, or a kernel does not know it."""
     if _fits_in_double(model):
+        install_experts(base_of(model))  # as every trainer's are; transformers' know no fp64
         for tensor in _floats(model):
             tensor.data = tensor.data.double()
         if _runs(model):
@@ -194,14 +196,14 @@ def stock_attention(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def plain_forward(model: nn.Module) -> Iterator[None]:
-    """Inside it the model runs as transformers ships it: stock attention, nothing recomputed, nothing compiled.
+    """Inside it the model runs as its family has it: stock attention, expert by expert, no recomputation, no compiler.
 
     Activation checkpointing is off afterwards too; a trainer that wants it switches it on when it is built.
     """
     base = base_of(model)
     if base.is_activation_checkpointing:
         base.activation_checkpointing_disable()
-    with stock_attention(model), without_compilation():
+    with stock_attention(model), eager_experts(base), without_compilation():
         yield
 
 
