@@ -89,7 +89,11 @@ COVER = [("DDP 2", "llama"), ("FSDP2 2", "llama tied"), ("CP 2", "llama lora")]
 OF_WHOLE_ROWS = [*(mode for mode in MODES if mode.startswith(("DDP", "FSDP2", "HSDP")) and "in parts" not in mode)]
 """Loaded in parts, the weights come after the trainer was built; where they lie is all that is different there."""
 PAIRS = [
-    *((mode, kind) for mode in [*OF_WHOLE_ROWS, "CP 2", "CP 2 in FSDP2", "CP 2 × DDP 2", "TP 2"] for kind in [*LLAMAS, "qwen3_moe"]),
+    *(
+        (mode, kind)
+        for mode in [*OF_WHOLE_ROWS, "CP 2", "CP 2 in FSDP2", "CP 2 × DDP 2", "TP 2"]
+        for kind in [*LLAMAS, "qwen3_moe"]
+    ),
     # Its norms multiply in fp32, so that a weight's gradient depends on how a row was cut.
     *((mode, "gemma3_text") for mode in OF_WHOLE_ROWS),
 ]
