@@ -1,4 +1,6 @@
-"""On an accelerator: stochastic rounding is right on average there too, and compiled layers give the same step."""
+"""On an accelerator: stochastic rounding is right on average there too, compiled layers give the same step, and experts
+follow autocast.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +14,7 @@ from eft.models.attention import boundary_inputs, install_attention, packed_forw
 from eft.models.compile import compile_layers
 from eft.optim.bf16 import round_stochastically
 from tests.tiny_models import VOCAB_SIZE, tiny_model
+from tests.unit.test_models_experts import FAMILIES, check_follows_autocast
 
 pytestmark = pytest.mark.gpu
 
@@ -62,3 +65,8 @@ def test_compiled_layers_give_the_same_gradients(recomputed: bool) -> None:
     compile_layers(model, KernelConfig(torch_compile=True), recomputed=recomputed)
     for row, expected in zip(rows, plain, strict=True):
         assert float((gradients(row) - expected).norm() / expected.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_experts_follow_autocast(family: str) -> None:
+    check_follows_autocast(tiny_model(family).cuda())
