@@ -31,7 +31,7 @@ def install_experts(base: PreTrainedModel) -> None:
 
 @contextmanager
 def eager_experts(base: PreTrainedModel) -> Iterator[None]:
-    """Inside it the family's own code computes the experts, one by one, in torch's own list of autocast."""
+    """Inside it the family's own code computes the experts, one after the other, by products that autocast knows."""
     installed = base.get_experts_implementation()
     _replace(base, GROUPED_EXPERTS, _OWN)
     try:
@@ -47,7 +47,7 @@ def _replace(base: PreTrainedModel, old: str, new: str) -> None:
 
 
 def grouped_experts(module: nn.Module, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-    """transformers' `grouped_mm` forward of an experts module.
+    """transformers' `grouped_mm` forward of an experts module; in fp64 that of its family.
 
     hidden [tokens, H], chosen int64 [tokens, K], weights [tokens, K] → [tokens, H] in the dtype of `hidden`.
     """
