@@ -61,7 +61,7 @@ def test_a_stopped_rank_is_named_with_its_line_and_what_the_other_waits_in(tmp_p
     assert time.monotonic() - stopped < 100
     assert code != 0
     message = next(line for line in text.splitlines() if "has not answered" in line)
-    assert "rank 1 of 2 has not answered for 10 s: it was last at " in message
+    assert "rank 1 of 2 has not answered for 10 s: at its last sign (one a second) it was at " in message
     assert "Rank 0 is at " in message
     assert "backward" in message or "waits in" in message, message
 

@@ -8,13 +8,17 @@ import subprocess
 import sys
 import threading
 from datetime import timedelta
+from typing import Any, cast
 
 import pytest
+import torch
 from torch.distributed import HashStore
 
 from eft.core.errors import ConfigError
+from eft.parallel.group import Agreement, from_first_rank
 from eft.parallel.launch import Fleet, shown, torchrun_command
 from eft.parallel.watch import StallWatch, place_of
+from eft.runtime.metrics import Throughput
 
 
 def test_a_neighbour_that_falls_silent_is_named_with_the_line_it_was_at() -> None:
@@ -32,9 +36,9 @@ def test_a_neighbour_that_falls_silent_is_named_with_the_line_it_was_at() -> Non
     assert heard.wait(20)
     watch.stop()
     assert said[0].startswith(
-        "rank 1 of 2 has not answered for 2 s: it was last at model.py:7 in forward: x = y (waits"
+        "rank 1 of 2 has not answered for 2 s: at its last sign (one a second) it was at model.py:7 "
+        "in forward: x = y (waits in all_reduce, c10d.py:3). Rank 0 is at "
     )
-    assert "Rank 0 is at " in said[0]
     assert silent == [77]
 
 
@@ -79,9 +83,39 @@ def test_who_has_left_is_not_waited_for_without_end() -> None:
     assert said[0][1] is None
 
 
-def test_the_place_of_a_thread_names_its_line() -> None:
-    place = place_of(threading.get_ident())
-    assert "place_of" in place or "test_parallel_watch.py" in place
+def test_the_place_of_a_thread_is_the_innermost_line_of_the_package_that_is_no_wrapper() -> None:
+    """Not that of the watch itself, nor that of a library in an environment below a folder called eft."""
+    places: list[str] = []
+    library = compile("def call(work): work()", "/home/user/eft/.venv/lib/torch/nn/module.py", "exec")
+    names: dict[str, Any] = {}
+    exec(library, names)
+
+    def clock() -> float:
+        from_first_rank(lambda: names["call"](lambda: places.append(place_of(threading.get_ident()))))
+        return 0.0
+
+    Throughput(clock)
+    assert places[0].startswith("metrics.py:"), places[0]
+    assert "self._since = clock()" in places[0]
+
+
+def test_who_waits_for_an_all_reduce_that_was_begun_a_step_ago_is_said_to_wait_in_it() -> None:
+    """The stack ends in C++ there: without a name of ours nothing would tell what is waited for."""
+    places: list[str] = []
+
+    class Work:
+        def wait(self) -> None:
+            places.append(place_of(threading.get_ident()))
+
+    class Group:
+        def allreduce(self, tensors: list[torch.Tensor], options: object) -> Work:
+            return Work()
+
+    agree = Agreement()
+    agree._group = cast(Any, Group())
+    agree(1)
+    agree(1)
+    assert "(waits in _all_reduced, group.py:" in places[0]
 
 
 def test_the_command_for_several_machines() -> None:

@@ -137,12 +137,16 @@ class Agreement:
             return value
         before = 0
         if self._pending is not None:
-            work, tensor = self._pending
-            work.wait()
-            before = int(tensor)
+            before = _all_reduced(*self._pending)
         tensor = torch.tensor([value])
         self._pending = (dist.all_reduce(tensor, dist.ReduceOp.MAX, self._group, async_op=True), tensor)
         return before
+
+
+def _all_reduced(work: Any, tensor: Tensor) -> int:
+    # A function of its own: by its name the watch knows what a process waits in here.
+    work.wait()
+    return int(tensor)
 
 
 def share_threads(world_size: int, device: torch.device) -> None:

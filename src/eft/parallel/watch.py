@@ -32,6 +32,10 @@ _DONE = "done"
 _PR_SET_PDEATHSIG = 1
 _COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "barrier", "all_to_all", "gather", "scatter")
 _OF_DDP = ("_pre_forward", "_sync_", "_distributed_broadcast")
+_PACKAGE = str(Path(__file__).parents[1]) + os.sep
+_GROUP = f"parallel{os.sep}group.py"
+_WRAPPERS = (f"parallel{os.sep}watch.py", _GROUP)
+"""Files whose lines say what is waited for, or nothing, but not what the run was doing."""
 
 
 class StalledRank(EftError):  # noqa: N818  # named after what happened
@@ -112,7 +116,7 @@ class StallWatch:
         )
 
     def _message(self, last: str) -> str:
-        where = f"it was last at {last}" if last else "it has never answered"
+        where = f"at its last sign (one a second) it was at {last}" if last else "it has never answered"
         return (
             f"rank {self._neighbour} of {self._world_size} has not answered for {self._timeout_s:g} s: {where}. "
             f"Rank {self._rank} is at {place_of(self._main_thread)}. The run ends; the same command continues it from "
@@ -126,7 +130,7 @@ def place_of(thread: int) -> str:
     if frame is None:
         return "its end"
     stack = traceback.extract_stack(frame)
-    ours = next((entry for entry in reversed(stack) if "/eft/" in entry.filename), stack[-1])
+    ours = next((entry for entry in reversed(stack) if _is_ours(entry)), stack[-1])
     text = f"{Path(ours.filename).name}:{ours.lineno} in {ours.name}: {ours.line}"
     waits = next((entry for entry in reversed(stack) if _is_collective(entry)), None)
     if waits is not None:
@@ -136,11 +140,17 @@ def place_of(thread: int) -> str:
     return text
 
 
+def _is_ours(entry: traceback.FrameSummary) -> bool:
+    return entry.filename.startswith(_PACKAGE) and not entry.filename.endswith(_WRAPPERS)
+
+
 def _is_collective(entry: traceback.FrameSummary) -> bool:
     if "torch/nn/parallel/distributed" in entry.filename:
         # DDP has it in C++: the buckets are agreed on, the buffers sent round.
         return entry.name.startswith(_OF_DDP)
-    return "torch/distributed" in entry.filename and any(name in entry.name for name in _COLLECTIVES)
+    named = any(name in entry.name for name in _COLLECTIVES)
+    # To wait for one that was begun earlier is C++, too: only the name of our function tells which.
+    return named and ("torch/distributed" in entry.filename or entry.filename == _PACKAGE + _GROUP)
 
 
 def _key(rank: int) -> str:
