@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -111,6 +114,27 @@ def test_a_file_cut_off_by_a_kill_is_as_none(tmp_path: Path, monkeypatch: pytest
     path.write_text(path.read_text()[:20])
     zero = leave(tmp_path, 0, GLOO, monkeypatch)
     assert first_failure(failed(0, 1, zero), tmp_path).rank == 0
+
+
+CUT_OFF = """
+import resource, signal
+from eft.parallel.failures import record_failure, record_stop
+signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1, 1))
+"""
+"""A process that is killed with the first byte of a file on the disk."""
+
+
+@pytest.mark.parametrize("words", ["record_failure(ValueError('x'))", "record_stop(75)"])
+def test_whoever_is_killed_while_writing_leaves_nothing(words: str, tmp_path: Path) -> None:
+    """torchrun raises on half a file, so that its own user would lose the run."""
+    path = tmp_path / "attempt_0" / "1" / "error.json"
+    path.parent.mkdir(parents=True)
+    environment = os.environ | {"TORCHELASTIC_ERROR_FILE": str(path)}
+    done = subprocess.run([sys.executable, "-c", CUT_OFF + words], env=environment, timeout=120, check=False)
+    assert done.returncode == -signal.SIGXFSZ
+    assert recorded_stop(tmp_path) == 0
+    assert ProcessFailure(1, 0, -9, str(path)).error_file_data["message"] == "<NONE>"
 
 
 def test_torch_reads_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from signal import SIGTERM, Signals
 
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
+from eft.core.atomic import write_json, write_text
 from eft.core.constants import EXIT_SIGINT, EXIT_SIGTERM, EXIT_STOP_FILE, EXIT_USAGE
 from eft.core.errors import EftError, PromiseBroken
 
@@ -76,7 +77,10 @@ class Failure:
 
 
 def record_failure(error: BaseException) -> None:
-    """Leave `error` where the launcher looks, in torch's format and with what is ours beside it."""
+    """Leave `error` where the launcher looks, in torch's format and with what is ours beside it.
+
+    The file is whole or not there: a process may be killed while it writes, and torchrun itself fails on half a file.
+    """
     path = os.environ.get(ERROR_FILE)
     if not path:
         return
@@ -85,7 +89,7 @@ def record_failure(error: BaseException) -> None:
     own = {"text": text, "followed": followed}
     callstack = "".join(traceback.format_exception(error))
     extra = {"py_callstack": callstack, "timestamp": str(int(time.time()))}
-    Path(path).write_text(json.dumps({"message": {"message": name, "extraInfo": extra, "eft": own}}))
+    write_json(Path(path), {"message": {"message": name, "extraInfo": extra, "eft": own}})
 
 
 def words_of(error: BaseException) -> tuple[str, bool]:
@@ -106,7 +110,7 @@ def exit_code_of(error: Exception) -> int:
 
 def record_stop(exit_code: int) -> None:
     """Leave the exit code of a run that was asked to stop."""
-    Path(os.environ[ERROR_FILE]).with_name(STOPPED).write_text(str(exit_code))
+    write_text(Path(os.environ[ERROR_FILE]).with_name(STOPPED), str(exit_code))
 
 
 def recorded_stop(logs: Path) -> int:
@@ -156,7 +160,7 @@ def _seen(rank: int, failure: ProcessFailure, logs: Path) -> Failure:
 
 
 def _written(rank: int, exit_code: int, path: Path) -> Failure | None:
-    """What a process has left in `path`, if anything; whoever is killed while writing has left nothing."""
+    """What a process has left in `path`, if anything readable: the user's own torchrun has others write it, too."""
     try:
         message, at_ns = json.loads(path.read_text())["message"], path.stat().st_mtime_ns
         own = message.get("eft") or {"text": message["extraInfo"]["py_callstack"], "followed": False}
