@@ -137,6 +137,15 @@ def test_whoever_is_killed_while_writing_leaves_nothing(words: str, tmp_path: Pa
     assert ProcessFailure(1, 0, -9, str(path)).error_file_data["message"] == "<NONE>"
 
 
+def test_where_nothing_can_be_written_the_error_stands_on_stderr(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "full").touch()
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "full" / "error.json"))
+    record_failure(OSError("no space left"))
+    assert capsys.readouterr().err.endswith("OSError: no space left\n")
+
+
 def test_torch_reads_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The user's own torchrun shows it, too."""
     path = leave(tmp_path, 0, ValueError("odd"), monkeypatch)

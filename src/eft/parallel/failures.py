@@ -89,7 +89,10 @@ def record_failure(error: BaseException) -> None:
     own = {"text": text, "followed": followed}
     callstack = "".join(traceback.format_exception(error))
     extra = {"py_callstack": callstack, "timestamp": str(int(time.time()))}
-    write_json(Path(path), {"message": {"message": name, "extraInfo": extra, "eft": own}})
+    try:
+        write_json(Path(path), {"message": {"message": name, "extraInfo": extra, "eft": own}})
+    except OSError:  # a full disk may be what went wrong; without the file the launcher shows the end of stderr
+        traceback.print_exception(error)
 
 
 def words_of(error: BaseException) -> tuple[str, bool]:
