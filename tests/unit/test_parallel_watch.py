@@ -99,6 +99,21 @@ def test_the_place_of_a_thread_is_the_innermost_line_of_the_package_that_is_no_w
     assert "self._since = clock()" in places[0]
 
 
+def test_who_waits_for_a_gpu_is_said_to_wait_for_what_is_queued_there() -> None:
+    places: list[str] = []
+    events = compile("def synchronize(work): work()", "/home/user/.venv/lib/torch/cuda/streams.py", "exec")
+    names: dict[str, Any] = {}
+    exec(events, names)
+
+    def clock() -> float:
+        names["synchronize"](lambda: places.append(place_of(threading.get_ident())))
+        return 0.0
+
+    Throughput(clock)
+    assert places[0].startswith("metrics.py:"), places[0]
+    assert places[0].endswith("(waits for its device, where the collectives of the ranks are queued)")
+
+
 def test_who_waits_for_an_all_reduce_that_was_begun_a_step_ago_is_said_to_wait_in_it() -> None:
     """The stack ends in C++ there: without a name of ours nothing would tell what is waited for."""
     places: list[str] = []

@@ -32,6 +32,7 @@ _DONE = "done"
 _PR_SET_PDEATHSIG = 1
 _COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "barrier", "all_to_all", "gather", "scatter")
 _OF_DDP = ("_pre_forward", "_sync_", "_distributed_broadcast")
+_TORCH = f"{os.sep}torch{os.sep}"
 _PACKAGE = str(Path(__file__).parents[1]) + os.sep
 _GROUP = f"parallel{os.sep}group.py"
 _WRAPPERS = (f"parallel{os.sep}watch.py", _GROUP)
@@ -125,7 +126,10 @@ class StallWatch:
 
 
 def place_of(thread: int) -> str:
-    """`file:line in function: code` of the innermost line of ours, and the collective that it waits in, if any."""
+    """`file:line in function: code` of the innermost line of ours, and the collective that it waits in, if any.
+
+    A collective of NCCL is not named: Python has left it when the host comes to wait for the device.
+    """
     frame = sys._current_frames().get(thread)
     if frame is None:
         return "its end"
@@ -137,6 +141,9 @@ def place_of(thread: int) -> str:
         return f"{text} (waits in {waits.name}, {Path(waits.filename).name}:{waits.lineno})"
     if any(entry.name in ("backward", "_engine_run_backward") for entry in stack):
         return f"{text} (in the backward pass, which averages gradients over all ranks)"
+    if any(entry.name == "synchronize" and _TORCH in entry.filename for entry in stack):
+        # NCCL's collectives return at once: who lacks their numbers waits here.
+        return f"{text} (waits for its device, where the collectives of the ranks are queued)"
     return text
 
 
